@@ -307,6 +307,13 @@ def copy_mathjax(app, exception):
                 shutil.copy(source / part, target / part)
 
 
+def drop_thebe(app):
+    """jupyter-book loads thebe's scripts on every page; this book has no live kernel."""
+    for listeners in app.events.listeners.values():
+        listeners[:] = [listener for listener in listeners
+                        if not listener.handler.__module__.startswith("sphinx_thebe")]
+
+
 # 5. Buttons --------------------------------------------------------------------------
 def repository_buttons(app, config):
     """Show repository and launch buttons where a repository URL is known, else none."""
@@ -323,6 +330,7 @@ def repository_buttons(app, config):
 def setup(app):
     write_api_pages()  # before the table of contents is read
     app.add_directive("module-table", ModuleTable)
+    drop_thebe(app)
     app.connect("config-inited", repository_buttons)
     app.connect("doctree-resolved", mark_exported)
     app.connect("autodoc-process-docstring", describe)
