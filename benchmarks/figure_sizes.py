@@ -35,8 +35,8 @@ def main() -> None:
     view = attention_view(weights, [" word"] * 32, limit=10**6)
     print(record("figure_sizes", {
         "svg_lines": chart[0], "png_lines": chart[1],
-        "svg_scatter": scatter[0], "png_scatter": scatter[1],
-        "view_stories": len(view._repr_html_().encode()),
+        "svg_dots": scatter[0], "png_dots": scatter[1],
+        "view": len(view._repr_html_().encode()),
     }).read_text())
 
 

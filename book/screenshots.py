@@ -16,12 +16,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 from chromium import Browser  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-WIDER = """[...document.querySelectorAll('main *')].filter(e => {
-  if (e.getBoundingClientRect().right <= innerWidth + 1) return false;
-  for (let p = e.parentElement; p; p = p.parentElement)
-    if (/auto|scroll|hidden/.test(getComputedStyle(p).overflowX) && p.tagName != 'BODY'
-        && p.tagName != 'HTML') return false;
-  return true; }).slice(0, 3).map(e => e.tagName + '.' + e.className)"""
+WIDER = """document.documentElement.scrollWidth <= innerWidth + 1 ? [] :
+  [...document.querySelectorAll('main *')].filter(e => {
+    if (e.getBoundingClientRect().right <= innerWidth + 1) return false;
+    for (let p = e; p; p = p.parentElement) {
+      const style = getComputedStyle(p);
+      if (style.visibility == 'hidden' || style.position == 'fixed') return false;
+      if (p != e && p.tagName != 'BODY' && /auto|scroll|hidden/.test(style.overflowX))
+        return false;
+    }
+    return true; }).slice(0, 3).map(e => e.tagName + '.' + e.className)"""
 
 
 def main():

@@ -7,7 +7,7 @@ __all__ = ['CheckpointError', 'clear_leftovers', 'atomic_write', 'encode_tensors
            'load_model', 'export_pt', 'find_checkpoint', 'load_demo', 'describe', 'save_state', 'latest_save',
            'load_state']
 
-# %% ../nbs/00d_checkpoints.ipynb #a633fda5
+# %% ../nbs/00d_checkpoints.ipynb #484df07e
 import hashlib
 import io
 import json
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .core import TRANSFORMS, GPTConfig, GPTModel
+from .data import Tokenizer
 
 # %% ../nbs/00d_checkpoints.ipynb #5694164e
 class CheckpointError(ValueError):
@@ -67,7 +68,7 @@ def _refusing(path, cure: str = _DAMAGED):
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         raise CheckpointError(path, f"{kind}{str(error)[:400]}", cure) from error
 
-# %% ../nbs/00d_checkpoints.ipynb #67dbad5d
+# %% ../nbs/00d_checkpoints.ipynb #f0aaac63
 def _disk(call: Callable, *args):
     """Every system call of a save: the one place where a test can make it fail."""
     return call(*args)
@@ -91,15 +92,16 @@ def _sync_folder(folder: Path) -> None:
     """Wait until the names in a folder are on disk; not all file systems can."""
     if os.name != "posix":
         return
-    file = os.open(folder, os.O_RDONLY)
     try:
-        _disk(os.fsync, file)
+        file = _disk(os.open, folder, os.O_RDONLY)
+        try:
+            _disk(os.fsync, file)
+        finally:
+            os.close(file)
     except OSError as error:
         warnings.warn(f"{folder}: saved, but a power cut may undo it ({error})")
-    finally:
-        os.close(file)
 
-# %% ../nbs/00d_checkpoints.ipynb #8e1e8d06
+# %% ../nbs/00d_checkpoints.ipynb #e39abb04
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
@@ -127,13 +129,14 @@ def clear_leftovers(
     folder,  # where checkpoints are saved
 ) -> list[str]:  # names of what was removed
     """Remove what saves that died left behind, unless their process still runs."""
-    found = [re.fullmatch(r"\..+\.(\d{1,9})\.partial", p.name) for p in Path(folder).glob(".*")]
-    dead = [m[0] for m in found if m and not _running(int(m[1]))]
+    names = (path.name for path in Path(folder).glob(".*.partial"))
+    found = (re.fullmatch(r"\..+\.(\d{1,9})\.partial", name) for name in names)
+    dead = sorted(m[0] for m in found if m and not _running(int(m[1])))
     for name in dead:
         _remove(Path(folder, name))
     return dead
 
-# %% ../nbs/00d_checkpoints.ipynb #e5285001
+# %% ../nbs/00d_checkpoints.ipynb #293c564f
 @contextmanager
 def _saving(path: Path, size: int):
     """A temporary name to write under; on failure nothing of it stays."""
@@ -146,9 +149,8 @@ def _saving(path: Path, size: int):
         _remove(partial)
         if not isinstance(error, OSError):
             raise
-        free = _free(path)
-        cause = f"it could not be saved ({error.strerror or error})"
-        cure = f"It needs {size:,} bytes, {free:,} are free; what was there is untouched"
+        cause = f"not saved, what was there is untouched ({error.strerror or error})"
+        cure = f"Check the folder: {size:,} bytes are needed, {_free(path):,} are free"
         raise CheckpointError(path, cause, cure) from error
 
 
@@ -173,7 +175,7 @@ def atomic_write(
     _sync_folder(path.parent)
     return path
 
-# %% ../nbs/00d_checkpoints.ipynb #1212099c
+# %% ../nbs/00d_checkpoints.ipynb #b8f84cea
 _DTYPES = dict(  # in the order in which safetensors sorts them
     BOOL=torch.bool, U8=torch.uint8, I8=torch.int8, F8_E5M2=torch.float8_e5m2,
     F8_E4M3=torch.float8_e4m3fn, I16=torch.int16, U16=torch.uint16, F16=torch.float16,
@@ -193,8 +195,9 @@ def encode_tensors(
     header, pieces, offset = {"__metadata__": metadata} if metadata else {}, [], 0
     rank = {dtype: -i for i, dtype in enumerate(_NAMES)}
     for name, tensor in tensors.items():
-        if tensor.dtype not in _NAMES or tensor.layout != torch.strided or tensor.is_meta:
-            raise ValueError(f"{name!r} is {tensor.dtype}, {tensor.layout} on {tensor.device}")
+        if tensor.dtype not in rank or tensor.layout != torch.strided or tensor.is_meta:
+            what = f"{tensor.dtype}, {tensor.layout} on {tensor.device}"
+            raise ValueError(f"{name!r} is {what}, which a file cannot hold")
     for name, tensor in sorted(tensors.items(), key=lambda x: (rank[x[1].dtype], x[0])):
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         place = [offset, offset := offset + flat.nbytes]
@@ -291,9 +294,11 @@ def _stored(name: str, dtype: str, shape: list, data_offsets: list) -> _Stored:
         raise ValueError(f"{name!r} has shape {shape}, and {stop - start} bytes of {dtype}")
     return _Stored(_DTYPES[dtype], shape, start, stop)
 
-# %% ../nbs/00d_checkpoints.ipynb #bdebe2ea
+# %% ../nbs/00d_checkpoints.ipynb #c211ed1f
 def _read_data(file, size: int, stored: dict) -> tuple[bytearray, dict]:
     """The data of a file in one buffer, and the tensors that look into it."""
+    if hasattr(os, "sysconf") and size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise ValueError(f"its {size:,} bytes do not fit the memory of this machine")
     data = bytearray(size)
     if file.readinto(data) != size or file.read(1):
         raise ValueError("its size changed while it was read")
@@ -304,17 +309,18 @@ def _view(name: str, data: bytearray, entry: _Stored) -> Tensor:
     if entry.start == entry.stop:
         return torch.empty(entry.shape, dtype=entry.dtype)
     count = prod(entry.shape)
-    if entry.dtype == torch.bool and max(data[entry.start : entry.stop]) > 1:
+    look = lambda dtype: torch.frombuffer(data, dtype=dtype, count=count, offset=entry.start)
+    if entry.dtype == torch.bool and look(torch.uint8).max() > 1:
         raise ValueError(f"{name!r} holds bytes that are neither true nor false")
-    flat = torch.frombuffer(data, dtype=entry.dtype, count=count, offset=entry.start)
-    return flat.view(entry.shape)
+    return look(entry.dtype).view(entry.shape)
 
 
 @contextmanager
 def _opened(path: Path, follow: bool = True):
     """A regular file and its size; never a folder, a pipe or a device."""
     flags = getattr(os, "O_NONBLOCK", 0) | (0 if follow else getattr(os, "O_NOFOLLOW", 0))
-    with _refusing(path), open(path, "rb", opener=lambda p, f: os.open(p, f | flags)) as file:
+    opener = lambda name, mode: os.open(name, mode | flags)
+    with _refusing(path), open(path, "rb", opener=opener) as file:
         if not follow and path.is_symlink():
             raise ValueError("it is a link to another file")
         info = os.fstat(file.fileno())
@@ -374,11 +380,11 @@ def _weights(model: nn.Module) -> tuple[dict, dict]:
     state = model.state_dict(keep_vars=True)
     return {name: state[name] for name in first.values()}, aliases
 
-# %% ../nbs/00d_checkpoints.ipynb #baad4543
+# %% ../nbs/00d_checkpoints.ipynb #0ca8cca7
 def save_model(
     path,  # a .safetensors file to make or to replace
     model: GPTModel,
-    tokenizer=None,  # the Tokenizer that travels with the weights
+    tokenizer: Tokenizer | None = None,  # travels with the weights
     *,
     dtype: torch.dtype | None = None,  # of the stored floats; None: as they are
     **info,  # JSON values: epoch=, step=, validation_loss=, data=, command=
@@ -494,14 +500,14 @@ def _fill(model: GPTModel, tensors: dict, dtype: torch.dtype | None) -> None:
         old.data = new.to(dtype if dtype and new.is_floating_point() else new.dtype, copy=True)
     model.tie()
 
-# %% ../nbs/00d_checkpoints.ipynb #eca9fbbb
+# %% ../nbs/00d_checkpoints.ipynb #81a0eafc
 @dataclass
 class Checkpoint:
     """A model that was loaded, with everything that travelled with it."""
 
     path: Path
     model: GPTModel  # in eval mode
-    tokenizer: object | None  # a Tokenizer, if one was saved
+    tokenizer: Tokenizer | None  # if one was saved
     info: dict = field(default_factory=dict)  # epoch, step, validation_loss, ...
 
     @property
@@ -535,7 +541,7 @@ def load_model(
         tokenizer = _tokenizer(meta["tokenizer"], model.config.vocab_size)
     return Checkpoint(path, model.to(device).eval(), tokenizer, meta["info"])
 
-# %% ../nbs/00d_checkpoints.ipynb #aa7c43f3
+# %% ../nbs/00d_checkpoints.ipynb #09ba5dda
 _SLOTS = ("attention", "mlp", "norm", "position_embedding")
 
 
@@ -561,10 +567,9 @@ def _foreign(path: Path, config: GPTConfig | None) -> dict:
     return _meta(asdict(config))
 
 
-def _tokenizer(held: dict | None, vocab_size: int):
+def _tokenizer(held: dict | None, vocab_size: int) -> Tokenizer | None:
     if held is None:
         return None
-    from gptbook.data import Tokenizer
     tokenizer = Tokenizer.from_dict(held)
     if tokenizer.n_vocab > vocab_size:
         raise ValueError(f"its tokenizer has {tokenizer.n_vocab} tokens, its model knows "
@@ -706,7 +711,7 @@ def export_pt(
     torch.save(held, buffer := io.BytesIO())
     return atomic_write(path_out or path.with_suffix(".pt"), buffer.getbuffer())
 
-# %% ../nbs/00d_checkpoints.ipynb #95b971c5
+# %% ../nbs/00d_checkpoints.ipynb #28c90e69
 def find_checkpoint(
     path,  # a file; or a folder that holds best_model.safetensors
 ) -> Path:
@@ -725,11 +730,11 @@ def find_checkpoint(
         folder = wanted.parent
         there = sorted(p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".pt"))
         held = ", ".join(there[:10]) or "no checkpoint"
-        held = held if folder.is_dir() else "not there either"
-    raise CheckpointError(wanted, "there is no such file", f"{folder} is {held}")
+        held = f"In {folder} there is: {held}" if folder.is_dir() else f"{folder} is missing"
+    raise CheckpointError(wanted, "there is no such file", held)
 
 
-def load_demo() -> tuple[GPTModel, object]:  # model, tokenizer
+def load_demo() -> tuple[GPTModel, Tokenizer]:
     """The small model that travels with the package, trained on the stories."""
     checkpoint = load_model(Path(str(files("gptbook"))) / "models" / "stories.safetensors")
     return checkpoint.model, checkpoint.tokenizer
@@ -739,18 +744,17 @@ def describe(
     checkpoint: Checkpoint,
 ) -> str:  # a few lines for people
     """Say what a checkpoint is: sizes, how far it was trained, on what, by which command."""
-    config, info = checkpoint.config, dict(checkpoint.info)
+    config = checkpoint.config
     size = sum(p.numel() for p in checkpoint.model.parameters())
     lines = [f"{config.recipe}: {size:,} parameters, {config.n_layers} layers of width "
              f"{config.emb_dim}, context {config.context_length}, vocabulary "
              f"{config.vocab_size:,}"]
-    known = [(name, info.pop(name)) for name in ("epoch", "step", "validation_loss")
-             if isinstance(info.get(name), (int, float))]
-    said = [f"{n.replace('_', ' ')} {v:,}" if isinstance(v, int) else
-            f"{n.replace('_', ' ')} {v:.4f}" for n, v in known]
-    lines += [" · ".join(said)] if said else []
-    lines += [f"{name.replace('_', ' ')}: {value}" for name, value in info.items()
-              if isinstance(value, (str, int, float))]
+    plain = {name.replace("_", " "): value for name, value in checkpoint.info.items()
+             if isinstance(value, (str, int, float))}
+    far = [name for name in ("epoch", "step", "validation loss") if name in plain]
+    say = lambda value: f"{value:,.6g}" if isinstance(value, float) else f"{value}"
+    lines += [" · ".join(f"{name} {say(plain.pop(name))}" for name in far)] if far else []
+    lines += [f"{name}: {say(value)}" for name, value in plain.items()]
     return "\n".join(_printable(line, 200) for line in lines)
 
 # %% ../nbs/00d_checkpoints.ipynb #81708f24
@@ -790,23 +794,25 @@ def _put_aside(tensor: Tensor, path: str, tensors: dict, names: dict) -> str:
     tensors[name] = tensor
     return names.setdefault(key, name)
 
-# %% ../nbs/00d_checkpoints.ipynb #9f5ea961
+# %% ../nbs/00d_checkpoints.ipynb #2c6e6a74
 def _unpack(value, tensors: dict):
-    """The inverse of `_pack`."""
+    """The inverse of `_pack`. Raises `ValueError` for a tag that it does not know."""
     if isinstance(value, list):
         return [_unpack(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
-    key, item = next(iter(value.items()), ("", None))
-    if key == "$tensor":
+    tag, item = next(iter(value.items()), ("", None))
+    if tag[:1] != "$":
+        return {key: _unpack(item, tensors) for key, item in value.items()}
+    if tag == "$tensor" and len(value) == 1:
         return tensors[item]
-    if key == "$list":
+    if tag == "$list" and len(value) == 1 and tensors[item].dim() == 1:
         return tensors[item].tolist()
-    if key == "$tuple":
-        return tuple(_unpack(item, tensors))
-    if key == "$dict":
-        return {k: _unpack(v, tensors) for k, v in item}
-    return {k: _unpack(v, tensors) for k, v in value.items()}
+    if tag == "$dict" and len(value) == 1:
+        return {key: _unpack(item, tensors) for key, item in item}
+    if tag == "$tuple" and type(made := _unpack(item, tensors)) is list:
+        return tuple(made)
+    raise ValueError(f"its state holds the unknown tag {tag!r}")
 
 # %% ../nbs/00d_checkpoints.ipynb #adc8cfbc
 _SAVE = re.compile(r"save_(\d{6,12})_step_(\d{1,15})")

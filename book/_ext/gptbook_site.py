@@ -144,15 +144,34 @@ MODULE_PAGE = """\
    :members:
    :undoc-members:
    :no-value:
+
+{constants}
 ```
 """
+
+
+def constants(module: str, names: list[str]) -> str:
+    """The constants with a trailing comment: autodoc leaves out those without `#:`."""
+    source = (ROOT / "gptbook" / f"{module}.py").read_text(encoding="utf-8")
+    lines, out = source.split("\n"), []
+    for node in ast.parse(source).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else \
+            node.target if isinstance(node, ast.AnnAssign) else None
+        if isinstance(target, ast.Name) and target.id in names:
+            comment = lines[node.lineno - 1].partition("  #")[2].strip()
+            if not comment:  # then the page says what it is, not the reference
+                continue
+            out.append(f".. py:data:: {target.id}\n   :module: gptbook.{module}\n\n"
+                       f"   {rst(comment)}\n")
+    return "\n".join(out)
 
 
 def write_api_pages():
     """Write `book/api/MODULE.md` for each module, and remove those of modules that left."""
     folder = ROOT / "book" / "api"
     folder.mkdir(exist_ok=True)
-    wanted = {f"{page['module']}.md": MODULE_PAGE.format(**page) for page in pages()}
+    wanted = {f"{page['module']}.md": MODULE_PAGE.format(
+        **page, constants=constants(page["module"], page["names"])) for page in pages()}
     for path in folder.glob("*.md"):
         if path.name not in wanted:
             path.unlink()
@@ -265,10 +284,10 @@ def describe(app, what, name, obj, options, lines):
     for param, annotation, default, comment in parameters(target):
         if param == "return":
             if annotation not in ("", "None") or comment:
-                kind = f"``{annotation}``" if annotation else ""
+                kind = f"``{annotation}``" if annotation not in ("", "None") else ""
                 text.append(f":returns: {join(kind, rst(comment))}")
         elif annotation or comment:
-            kind = annotation + (f" = {default}" if default else "")
+            kind = f"{annotation} = {default}".strip() if default else annotation
             star = param.replace("*", r"\*")
             text.append(f":param {star}: {join(f'``{kind}``' if kind else '', rst(comment))}")
     lines[:] = text + [""]

@@ -1,0 +1,523 @@
+"""Samplers at every edge, against a float64 oracle; generation row by row."""
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from gptbook import generation
+from gptbook.core import GPTConfig, GPTModel, set_seed
+from gptbook.generation import (
+    Tokens, candidates, draw, generate_steps, generate_text, largest, sample,
+    temperature_sampling, top_k_sampling, top_p_sampling,
+)
+
+V, CONTEXT = 23, 16
+
+
+# --- the oracle: the definition, in float64 and plain Python -------------------------------
+
+
+def oracle_kept(logits, temperature=1.0, top_k=None, top_p=None):
+    """{id: probability} by definition: temperature, top-k, top-p, the lower id first."""
+    x = np.asarray(logits, dtype=np.float64)
+    order = sorted((i for i in range(len(x)) if x[i] > -math.inf), key=lambda i: (-x[i], i))
+    if temperature == 0:
+        return {order[0]: 1.0}
+    order = order[: top_k or len(order)]
+    with np.errstate(over="ignore"):
+        weights = np.exp((x[order] - x[order[0]]) / temperature)
+    probs = weights / weights.sum()
+    if top_p is not None and top_p < 1:
+        n = int((np.cumsum(probs) - probs < top_p).sum())
+        order, probs = order[:n], probs[:n] / probs[:n].sum()
+    return dict(zip(order, probs))
+
+
+def oracle_draw(kept, uniform):
+    """The token in whose share of [0, 1) the number falls, ids in ascending order."""
+    total = 0.0
+    for i in sorted(kept):
+        total += kept[i]
+        if total > uniform:
+            return i
+    return max(i for i in kept if kept[i] > 0)
+
+
+def found(logits, **settings):
+    """{id: probability} of one row, as `candidates` has it."""
+    ids, probs = candidates(logits, **settings)
+    if ids.shape[1] == logits.shape[-1]:  # nothing cut: banned tokens have no mass
+        ids = ids.where(logits.reshape(ids.shape) > -math.inf, -1)
+    return {i: p for i, p in zip(ids[0].tolist(), probs[0].tolist()) if i >= 0}
+
+
+# --- R4: the grid ------------------------------------------------------------------------
+
+
+class Dictated(nn.Module):
+    """A head that says the same logits everywhere, whatever it reads."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, x):
+        return self.logits.expand(*x.shape[:-1], -1)
+
+
+TEMPERATURES = (-1.0, 0, 1e-40, 0.3, 1.0, 3, math.nan)
+TOP_K = (None, 0, -1, 1, 2, 5, V, V + 10)
+TOP_P = (None, 0, 1e-9, 0.3, 0.9, 1.0, 1.5)
+LENGTHS = (0, 1, 2, CONTEXT - 3, CONTEXT - 1, CONTEXT + 1)  # of the prompt; 3 tokens follow
+KINDS = ("normal", "equal", "nan", "inf", "banned")
+GRID = list(itertools.product(TEMPERATURES, TOP_K, TOP_P, LENGTHS, KINDS))
+
+
+def dictated_logits():
+    normal = 3 * torch.randn(V, generator=torch.Generator().manual_seed(5))
+    logits = {kind: normal.clone() for kind in KINDS}
+    logits["equal"][:] = 1.5
+    logits["nan"][7], logits["inf"][7] = math.nan, math.inf
+    logits["banned"][torch.arange(V) % 7 != 3] = -math.inf
+    return logits
+
+
+LOGITS = dictated_logits()
+
+
+@pytest.fixture(scope="module")
+def model():
+    set_seed(0)
+    return GPTModel(GPTConfig(V, CONTEXT, 8, 1, 2))
+
+
+def check_cell(model, cell):
+    temperature, top_k, top_p, length, kind = cell
+    bad = (not temperature >= 0 or top_k in (0, -1) or top_p in (0, 1.5)
+           or length == 0 or length + 3 > CONTEXT or kind in ("nan", "inf"))
+    model.head = Dictated(LOGITS[kind].clone())
+    options = dict(length=3, temperature=temperature, top_k=top_k, top_p=top_p, seed=11)
+    prompt = [i % V for i in range(length)]
+    try:
+        text = generate_text(model, [prompt], **options)
+    except ValueError as error:
+        assert bad, f"{cell}: {error}"
+        assert "probability tensor" not in str(error)
+    else:
+        assert not bad, cell
+        kept = oracle_kept(LOGITS[kind], temperature, top_k, top_p)
+        assert set(found(LOGITS[kind], temperature=temperature, top_k=top_k,
+                         top_p=top_p)) == set(kept), cell
+        luck = torch.rand(3, generator=torch.Generator().manual_seed(11), dtype=torch.double)
+        assert text == [prompt + [oracle_draw(kept, u) for u in luck.tolist()]], cell
+    assert torch.equal(model.head.logits, LOGITS[kind]) or kind == "nan"
+
+
+def test_grid_small(model):
+    assert len(GRID) == 11_760
+    for cell in random.Random(0).sample(GRID, 600):
+        check_cell(model, cell)
+
+
+@pytest.mark.slow
+def test_grid_full(model):
+    for cell in GRID:
+        check_cell(model, cell)
+
+
+def test_grid_notices_a_wrong_sampler(model, monkeypatch):
+    """Negative control: a top-p that drops the token that crosses p turns the grid red."""
+    right = candidates
+
+    def drops_the_crossing_token(logits, temperature=1.0, top_k=None, top_p=None):
+        ids, probs = right(logits, temperature, top_k, top_p)
+        if top_p is not None and (probs > 0).sum() > 1:
+            probs = probs.where(probs > probs[probs > 0].min(), 0)
+        return ids.where(probs > 0, -1), probs
+
+    monkeypatch.setattr(generation, "candidates", drops_the_crossing_token)
+    monkeypatch.setitem(globals(), "candidates", drops_the_crossing_token)
+    with pytest.raises(AssertionError):
+        for cell in random.Random(0).sample(GRID, 600):
+            check_cell(model, cell)
+
+
+# --- kept sets over many shapes ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 50, 1024, 1025, 3000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_kept_sets_equal_the_oracle(n, dtype):
+    generator = torch.Generator().manual_seed(n)
+    for scale, temperature, k, p in itertools.product(
+        (0.5, 4.0), (0.7, 1.0), (None, 1, 2, n // 2 or 1, n, n + 1), (None, 0.05, 0.9, 0.999, 1)
+    ):
+        logits = (scale * torch.randn(3, n, generator=generator)).to(dtype)
+        settings_ = dict(temperature=temperature, top_k=k, top_p=p)
+        ids, probs = candidates(logits, **settings_)
+        assert torch.allclose(probs.double().sum(1), torch.ones(3).double(), atol=1e-5)
+        for row in range(3):
+            kept = oracle_kept(logits[row].double().numpy(), **settings_)
+            ours = {i: q for i, q in zip(ids[row].tolist(), probs[row].tolist()) if i >= 0}
+            assert set(ours) == set(kept), (n, dtype, settings_)
+            assert max(abs(ours[i] - kept[i]) for i in kept) < 1e-6
+
+
+def test_flat_rows_reach_beyond_the_shortlist():
+    logits = torch.randn(2, 5000, generator=torch.Generator().manual_seed(0))
+    logits[1] *= 8
+    ids, _ = candidates(logits, top_p=0.9)
+    sizes = (ids >= 0).sum(1).tolist()
+    assert sizes[0] > 1024 > sizes[1]
+    for row in range(2):
+        kept = set(ids[row][ids[row] >= 0].tolist())
+        assert kept == set(oracle_kept(logits[row].double().numpy(), top_p=0.9))
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 12])
+def test_exactly_k_and_the_lower_id_wins(k):
+    logits = torch.tensor([2.0, 5, 5, 1, 5, 5, 2, 2, 5, 5, 0, 5, 5]).repeat(2, 1)
+    logits[1] = logits[1].flip(0)
+    ids, _ = candidates(logits, top_k=k)
+    for row in range(2):
+        order = sorted(range(13), key=lambda i: (-logits[row, i], i))
+        assert ids[row].tolist() == sorted(order[:k])
+    values, ids = largest(torch.zeros(1, 13), k)
+    assert ids.tolist() == [list(range(k))]
+
+
+def test_kept_sets_equal_transformers():
+    """Ties are left out: theirs keep all that are equal to the k-th."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    for seed, (t, k, p) in enumerate(itertools.product((0.5, 1.0, 2.0), (None, 3, 40), (None, 0.3, 0.95))):
+        logits = 2 * torch.randn(4, 300, generator=torch.Generator().manual_seed(seed))
+        theirs = TemperatureLogitsWarper(t)(None, logits.clone())
+        theirs = TopKLogitsWarper(k)(None, theirs) if k else theirs
+        theirs = (TopPLogitsWarper(p)(None, theirs) if p else theirs).softmax(-1)
+        ids, probs = candidates(logits, t, k, p)
+        ours = torch.zeros(4, 301).scatter(1, ids % 301, probs.float())[:, :300]
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("settings_", [
+    dict(temperature=0.7), dict(temperature=1.3, top_k=5), dict(top_p=0.8),
+    dict(temperature=0.9, top_k=12, top_p=0.9),
+])
+def test_frequencies_of_100_000_draws(settings_):
+    logits = 2 * torch.randn(40, generator=torch.Generator().manual_seed(1))
+    n = 100_000
+    draws = sample(logits.expand(n, -1), **settings_, generator=torch.Generator().manual_seed(2))
+    seen, kept = torch.bincount(draws, minlength=40).double(), oracle_kept(logits, **settings_)
+    expected = torch.zeros(40).double()
+    expected[list(kept)] = n * torch.tensor(list(kept.values()))
+    assert seen[expected == 0].sum() == 0
+    common = expected > 5
+    chi2 = ((seen - expected)[common] ** 2 / expected[common]).sum()
+    dof = int(common.sum()) - 1
+    assert chi2 < dof + 4.5 * math.sqrt(2 * dof) + 5, "not the distribution that was asked for"
+    wrong = expected.roll(1).clamp(min=1)  # negative control: the test sees a shifted one
+    assert ((seen - wrong) ** 2 / wrong).sum() > 10 * dof
+
+
+def test_draw_takes_the_share_in_which_the_number_falls():
+    ids, probs = torch.tensor([[-1, 4, 7, 9]]), torch.tensor([[0.0, 0.5, 0.0, 0.5]])
+    for u, want in ((0.0, 4), (0.4999, 4), (0.5, 9), (1 - 2**-53, 9)):
+        assert draw(ids, probs, torch.tensor([u], dtype=torch.double)).item() == want
+
+
+# --- properties (R12) ----------------------------------------------------------------------
+
+edge = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-30, 1e30, -1e30, math.inf, -math.inf, math.nan])
+rows = st.lists(st.one_of(st.floats(-20, 20, width=32), edge), max_size=12)
+anything = st.one_of(st.none(), st.integers(-2, 15), st.floats(), st.booleans(), st.text(max_size=2))
+
+
+@settings(max_examples=300, deadline=None)
+@given(rows, anything, anything, anything, st.booleans())
+def test_candidates_are_right_or_a_value_error(row, temperature, top_k, top_p, flat):
+    logits = torch.tensor(row, dtype=torch.float32)
+    logits = logits if flat else logits.expand(2, -1)
+    before = logits.clone()
+    try:
+        ids, probs = candidates(logits, temperature, top_k, top_p)
+    except ValueError:
+        ok = bool(row) and not any(math.isnan(x) or x == math.inf for x in row)
+        assert not (ok and max(row) > -math.inf and temperature == 1.0
+                    and top_k is None and top_p is None)
+    else:
+        kept = oracle_kept(row, temperature, top_k, top_p)
+        ours = found(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+        assert set(ours) == set(kept)
+        assert probs.isfinite().all() and (probs >= 0).all()
+        if top_k is not None and temperature != 0 and top_p in (None, 1):
+            assert len(ours) == min(top_k, sum(x > -math.inf for x in row))
+    assert torch.equal(logits.nan_to_num(7), before.nan_to_num(7)), "the logits were changed"
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 30), st.integers(0, 2**40))
+def test_rows_of_a_batch_do_not_see_each_other(n_rows, n, seed):
+    g = torch.Generator().manual_seed(seed)
+    logits, luck = 3 * torch.randn(n_rows, n, generator=g), torch.rand(n_rows, generator=g).double()
+    for options in (dict(), dict(top_k=3), dict(top_p=0.7), dict(temperature=0.4, top_k=5, top_p=0.5)):
+        together = draw(*candidates(logits, **options), luck)
+        alone = [draw(*candidates(logits[b], **options), luck[b : b + 1]) for b in range(n_rows)]
+        assert together.tolist() == torch.cat(alone).tolist()
+
+
+@pytest.mark.parametrize("logits", [
+    torch.tensor(1.0), torch.zeros(0), torch.zeros(2, 0), torch.zeros(0, 5), torch.zeros(3).long(),
+    [1.0, 2.0], torch.tensor([1.0, math.nan]), torch.tensor([[0.0, 1], [0, math.inf]]),
+    torch.full((1, 4), -math.inf),
+])
+@pytest.mark.parametrize("sampler", [temperature_sampling, top_k_sampling, top_p_sampling])
+def test_bad_logits_are_value_errors(logits, sampler):
+    with pytest.raises(ValueError):
+        sampler(logits)
+
+
+def test_the_plain_functions():
+    logits = torch.tensor([[0.0, 5, 1, 2], [9, 0, 0, 0]])
+    assert temperature_sampling(logits, 0).tolist() == [1, 0]
+    assert top_k_sampling(logits, 1).tolist() == [1, 0]
+    assert top_p_sampling(logits, 1e-9).tolist() == [1, 0]
+    assert top_k_sampling(logits[0], 2, generator=torch.Generator().manual_seed(0)).shape == ()
+    for sampler, bad in ((temperature_sampling, -1), (top_k_sampling, 0), (top_k_sampling, 2.5),
+                         (top_p_sampling, 0), (top_p_sampling, 1.01), (temperature_sampling, math.inf)):
+        with pytest.raises(ValueError, match=str(bad)):
+            sampler(logits, bad)
+
+
+# --- generate_text ---------------------------------------------------------------------------
+
+
+def loud(vocab=61, context=40, **kwargs):
+    """A random model whose next token depends on what it reads."""
+    set_seed(1)
+    model = GPTModel(GPTConfig(vocab, context, 24, 2, 4), **kwargs).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def writer():
+    return loud()
+
+
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5], [3, 5, 8], [9, 7, 9, 3, 2]]
+
+
+@torch.no_grad()
+def by_hand(model, prompt, length, choose, end=None):
+    """One row, no cache, no batch: what generation means."""
+    text = list(prompt)
+    for step in range(length):
+        text.append(choose(model(torch.tensor([text]))[0, -1], step))
+        if text[-1] == end:
+            break
+    return text
+
+
+@pytest.mark.parametrize("options", [
+    dict(temperature=0), dict(), dict(temperature=0.8, top_k=7), dict(top_p=0.8),
+])
+def test_a_batch_equals_rows_by_hand(writer, options):
+    end = 17
+    texts = generate_text(writer, PROMPTS, 25, **options, end_of_text=end, seed=4)
+    for b, prompt in enumerate(PROMPTS):
+        luck = torch.rand(25, generator=torch.Generator().manual_seed(4 + b), dtype=torch.double)
+
+        def choose(logits, step):
+            return oracle_draw(oracle_kept(logits.double().numpy(), **options), luck[step].item())
+
+        assert texts[b] == by_hand(writer, prompt, 25, choose, end)
+
+
+def test_greedy_equals_transformers():
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=61, n_positions=64, n_embd=24, n_layer=2, n_head=4,
+        bos_token_id=0, eos_token_id=0)).eval()
+    model = GPTModel(GPTConfig(61, 64, 24, 2, 4)).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.mul_(5)
+        core = theirs.transformer
+        model.tok_emb.weight.copy_(core.wte.weight)
+        model.position_embedding.table.weight.copy_(core.wpe.weight)
+        model.norm.load_state_dict(core.ln_f.state_dict())
+        for ours, block in zip(model.blocks, core.h):
+            weights, biases = block.attn.c_attn.weight.chunk(3, 1), block.attn.c_attn.bias.chunk(3)
+            for name, w, b in zip(("W_query", "W_key", "W_value"), weights, biases):
+                getattr(ours.attn, name).weight.copy_(w.T)
+                getattr(ours.attn, name).bias.copy_(b)
+            for linear, conv in ((ours.attn.out_proj, block.attn.c_proj),
+                                 (ours.mlp.fc_in, block.mlp.c_fc), (ours.mlp.fc_out, block.mlp.c_proj)):
+                linear.weight.copy_(conv.weight.T)
+                linear.bias.copy_(conv.bias)
+            ours.norm1.load_state_dict(block.ln_1.state_dict())
+            ours.norm2.load_state_dict(block.ln_2.state_dict())
+    for prompt in PROMPTS:
+        want = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False,
+                               eos_token_id=None, pad_token_id=0)
+        assert generate_text(model, prompt, 40, temperature=0) == want.tolist()
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 7, 32])
+@pytest.mark.parametrize("padding", [0, 1, 13])
+def test_batch_invariance(writer, n_rows, padding):
+    """R6: the same ids in any batch, however far the row is padded."""
+    options = dict(length=16, top_p=0.9, end_of_text=17)
+    alone = generate_text(writer, PROMPTS[0][:4], seed=99, **options)[0]
+    g = torch.Generator().manual_seed(n_rows)
+    others = [torch.randint(61, (4 + padding,), generator=g).tolist() for _ in range(n_rows - 1)]
+    if n_rows == 1:
+        assert generate_text(writer, PROMPTS[0][:4], seed=99, **options)[0] == alone
+    for place in {0, n_rows // 2, n_rows - 1}:
+        prompts, seeds = list(others), list(range(n_rows - 1))
+        prompts.insert(place, PROMPTS[0][:4])
+        seeds.insert(place, 99)
+        assert generate_text(writer, prompts, seed=seeds, **options)[place] == alone
+
+
+def test_a_shared_generator_would_make_rows_depend_on_neighbours():
+    """Negative control: one stream of numbers for all rows fails the test above."""
+    logits = torch.zeros(3, 50)
+    draws = [sample(logits[:n], generator=torch.Generator().manual_seed(0)).tolist() for n in (1, 3)]
+    again = [sample(logits[:n], generator=torch.Generator().manual_seed(0)).tolist() for n in (1, 3)]
+    assert draws == again and len(set(draws[1])) > 1
+
+
+def test_the_seed_decides_and_a_longer_text_begins_like_a_shorter_one(writer):
+    short, long = (generate_text(writer, PROMPTS, n, seed=7) for n in (9, 30))
+    assert [t[: len(p) + 9] for t, p in zip(long, PROMPTS)] == short
+    assert generate_text(writer, PROMPTS, 9, seed=8) != short
+    assert generate_text(writer, PROMPTS, 9, seed=[7, 8, 9, 10]) == short
+    set_seed(3)
+    free = [generate_text(writer, PROMPTS, 9) for _ in range(2)]
+    set_seed(3)
+    assert free[0] != free[1] and [generate_text(writer, PROMPTS, 9) for _ in range(2)] == free
+
+
+def test_each_row_ends_by_itself(writer):
+    plain = generate_text(writer, PROMPTS * 4, 30, seed=1)
+    end = plain[0][len(PROMPTS[0]) + 2]  # some rows draw it early, some never
+    texts = generate_text(writer, PROMPTS * 4, 30, seed=1, end_of_text=end)
+    lengths = set()
+    for text, whole, prompt in zip(texts, plain, PROMPTS * 4):
+        new = whole[len(prompt):]
+        want = new[: new.index(end) + 1] if end in new else new
+        assert text == prompt + want
+        lengths.add(len(want))
+    assert len(lengths) > 2
+
+
+def test_steps_give_one_column_at_a_time(writer):
+    texts, told = generate_text(writer, PROMPTS, 20, seed=2, end_of_text=17, log_probs=True)
+    rows = [list(p) for p in PROMPTS]
+    for tokens in generate_steps(writer, PROMPTS, 20, seed=2, end_of_text=17):
+        assert isinstance(tokens, Tokens) and len(tokens.ids) == len(rows)
+        for row, new in zip(rows, tokens.ids):
+            if new is not None:
+                row.append(new)
+    assert rows == texts
+    for text, prompt, scores in zip(texts, PROMPTS, told):
+        with torch.no_grad():
+            full = writer(torch.tensor([text[:-1]]))[0].log_softmax(-1)
+        want = full.gather(1, torch.tensor(text[1:])[:, None])[len(prompt) - 1 :, 0]
+        torch.testing.assert_close(torch.tensor(scores), want, atol=1e-4, rtol=0)
+
+
+def test_past_the_context_it_says_so_or_slides(writer):
+    with pytest.raises(ValueError, match="8 tokens of prompt and 33 new .* 40"):
+        generate_text(writer, PROMPTS, 33)
+    with pytest.raises(ValueError, match="41 tokens.*40"):
+        generate_text(writer, [[1] * 41], 1, slide=True)
+    assert len(generate_text(writer, PROMPTS, 32, seed=0)[0]) == 40
+    texts = generate_text(writer, PROMPTS, 90, temperature=0, slide=True)
+    for prompt, text in zip(PROMPTS, texts):
+        context = list(prompt)
+        for new in text[len(prompt):]:
+            if len(context) > 40:
+                context = context[-20:]
+            with torch.no_grad():
+                assert writer(torch.tensor([context]))[0, -1].argmax() == new
+            context.append(new)
+
+
+def test_a_model_without_a_table_has_no_limit():
+    class NoPositions(nn.Module):
+        def forward(self, x, positions):
+            return x
+
+    model = loud(context=8, position_embedding=lambda config: NoPositions())
+    assert model.max_positions is None
+    assert len(generate_text(model, [1, 2], 50)[0]) == 52
+
+
+def test_prompts_come_in_many_forms(writer):
+    want = generate_text(writer, [[1, 2, 3]], 5, seed=0)
+    for prompt in ([1, 2, 3], (1, 2, 3), torch.tensor([1, 2, 3]), torch.tensor([[1, 2, 3]]),
+                   [torch.tensor([1, 2, 3])], np.array([1, 2, 3]), [np.array([1, 2, 3])],
+                   [np.int64(1), 2, 3]):
+        assert generate_text(writer, prompt, 5, seed=0) == want
+    assert generate_text(writer, PROMPTS, 0) == PROMPTS
+    kept = [list(p) for p in PROMPTS]
+    generate_text(writer, kept, 3)
+    assert kept == PROMPTS, "the caller's lists were changed"
+
+
+@pytest.mark.parametrize("prompt", [[], [[]], [[1], []], [61], [-1], [[1, 2], [1.5]], "abc", 3.0,
+                                    None, [True], torch.tensor([0.5]), [[[1]]], torch.ones(1, 2, 2).long()])
+def test_bad_prompts_are_value_errors(writer, prompt):
+    with pytest.raises(ValueError):
+        generate_text(writer, prompt, 3)
+
+
+@pytest.mark.parametrize("options", [
+    dict(length=-1), dict(length=2.5), dict(temperature=-1), dict(top_k=0), dict(top_p=0),
+    dict(seed=[1]), dict(seed="a"), dict(seed=1.5), dict(temperature=None), dict(end_of_text="x"),
+])
+def test_bad_settings_are_refused_at_the_call(writer, options):
+    with pytest.raises(ValueError):
+        generate_steps(writer, PROMPTS, **{"length": 3, **options})
+
+
+def test_modes_and_gradients_come_back():
+    model = loud().train()
+    model.blocks[0].eval()
+    modes = [m.training for m in model.modules()]
+    steps = generate_steps(model, [1, 2], 5, seed=0)
+    next(steps)
+    assert not model.training and torch.is_grad_enabled(), "no_grad leaks out of the iterator"
+    del steps
+    assert [m.training for m in model.modules()] == modes and torch.is_grad_enabled()
+    generate_text(model, [1, 2], 5)
+    assert [m.training for m in model.modules()] == modes and torch.is_grad_enabled()
+
+
+def test_dropout_is_off_while_writing():
+    set_seed(0)
+    model = GPTModel(GPTConfig(61, 40, 24, 2, 4, drop_rate=0.5)).train()
+    assert len({tuple(generate_text(model, [1, 2], 20, seed=0)[0]) for _ in range(3)}) == 1
+
+
+def test_a_model_of_nan_is_a_value_error():
+    model = loud()
+    with torch.no_grad():
+        model.norm.weight[0] = math.nan
+    with pytest.raises(ValueError, match="nan"):
+        generate_text(model, [1, 2], 3)
+
+
+def test_half_precision(writer):
+    model = loud().to(torch.bfloat16)
+    assert len(generate_text(model, PROMPTS, 5, top_p=0.9)[0]) == 13
