@@ -50,7 +50,7 @@ def _printable(text: str, limit: int) -> str:
     text = "".join(c if c.isprintable() else "?" for c in text[: 2 * limit])
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
-# %% ../nbs/00d_checkpoints.ipynb #fb59ce9f
+# %% ../nbs/00d_checkpoints.ipynb #7dd6f5c4
 _DAMAGED = "The file is damaged, altered or no checkpoint: copy it again or use another"
 
 
@@ -65,8 +65,10 @@ def _refusing(path, cure: str = _DAMAGED):
         cause, cure = error.strerror or str(error), "Check that it can be read"
         raise CheckpointError(path, cause, cure) from error
     except Exception as error:
-        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        raise CheckpointError(path, f"{kind}{str(error)[:400]}", cure) from error
+        cause = str(error)[:400]
+        if type(error) is not ValueError:  # not foreseen: keep its name
+            cause = f"it is not built like a checkpoint ({type(error).__name__}: {cause})"
+        raise CheckpointError(path, cause, cure) from error
 
 # %% ../nbs/00d_checkpoints.ipynb #f0aaac63
 def _disk(call: Callable, *args):
@@ -500,7 +502,7 @@ def _fill(model: GPTModel, tensors: dict, dtype: torch.dtype | None) -> None:
         old.data = new.to(dtype if dtype and new.is_floating_point() else new.dtype, copy=True)
     model.tie()
 
-# %% ../nbs/00d_checkpoints.ipynb #81a0eafc
+# %% ../nbs/00d_checkpoints.ipynb #541266cc
 @dataclass
 class Checkpoint:
     """A model that was loaded, with everything that travelled with it."""
@@ -526,10 +528,12 @@ def load_model(
     """Rebuild a model from a file that may be damaged or hostile.
 
     Raises `CheckpointError` with the file, the cause and the cure."""
+    for name in set(slots) - set(_SLOTS):
+        raise TypeError(f"load_model() got an unexpected keyword argument {name!r}")
     path = find_checkpoint(path)
     with _opened(path) as (file, size):
         source = _read(file, size)
-        meta = _check_meta(_foreign(path, config) if source.meta is None else source.meta)
+        meta = _settle(path, source.meta, config)
         _check_slots(path, meta["custom"], slots)
         with torch.device("meta"):  # shapes without memory
             blueprint = _build(meta, slots, len(source.tensors))
@@ -541,14 +545,12 @@ def load_model(
         tokenizer = _tokenizer(meta["tokenizer"], model.config.vocab_size)
     return Checkpoint(path, model.to(device).eval(), tokenizer, meta["info"])
 
-# %% ../nbs/00d_checkpoints.ipynb #09ba5dda
+# %% ../nbs/00d_checkpoints.ipynb #594cf57f
 _SLOTS = ("attention", "mlp", "norm", "position_embedding")
 
 
 def _check_slots(path: Path, custom: list, slots: dict) -> None:
     """Raise `CheckpointError` unless exactly the parts made by hand are given."""
-    for name in set(slots) - set(_SLOTS):
-        raise TypeError(f"load_model() got an unexpected keyword argument {name!r}")
     if not all(name in _SLOTS for name in custom):
         raise ValueError(f"its custom slots are {custom}, known: {', '.join(_SLOTS)}")
     for name in custom:
@@ -560,20 +562,25 @@ def _check_slots(path: Path, custom: list, slots: dict) -> None:
         raise CheckpointError(path, cause, f"Leave out {name}=")
 
 
-def _foreign(path: Path, config: GPTConfig | None) -> dict:
-    if config is None:
+def _settle(path: Path, meta: dict | None, config: GPTConfig | None) -> dict:
+    """The file's own metadata, or what the caller says of a foreign file."""
+    if meta is None and config is None:
         cure = "Pass load_model(path, config=GPTConfig(...))"
         raise CheckpointError(path, "it does not say what model it holds", cure)
-    return _meta(asdict(config))
+    if meta is not None and config is not None and GPTConfig(**meta["config"]) != config:
+        raise CheckpointError(path, "it brings its own config", "Leave out config=")
+    return _check_meta(_meta(asdict(config)) if meta is None else meta)
 
 
 def _tokenizer(held: dict | None, vocab_size: int) -> Tokenizer | None:
     if held is None:
         return None
-    tokenizer = Tokenizer.from_dict(held)
-    if tokenizer.n_vocab > vocab_size:
-        raise ValueError(f"its tokenizer has {tokenizer.n_vocab} tokens, its model knows "
-                         f"{vocab_size}")
+    count = len(held.get("tokens", ()))  # before it is built: it may be huge
+    if count <= vocab_size:
+        tokenizer = Tokenizer.from_dict(held)
+        count = tokenizer.n_vocab
+    if count > vocab_size:
+        raise ValueError(f"its tokenizer has {count} tokens, its model knows {vocab_size}")
     return tokenizer
 
 

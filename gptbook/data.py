@@ -11,12 +11,11 @@ __all__ = ['PATTERNS', 'END_OF_TEXT', 'LIMITS', 'LONG_RUN', 'GPT2_SHA256', 'CHUN
            'file_part', 'python_stdlib', 'source_files', 'listed', 'shakespeare', 'cache_folder', 'download',
            'between_words', 'tokenize', 'Windows', 'check_ids', 'window_starts', 'TokenDataset']
 
-# %% ../nbs/00b_data.ipynb #25b4889a
+# %% ../nbs/00b_data.ipynb #7dfe2231
 import codecs
 import hashlib
 import os
 import re
-import stat
 import sys
 import sysconfig
 import urllib.request
@@ -26,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from heapq import heapify, heappop, heappush
+from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import gettempdir
@@ -105,9 +105,9 @@ def count_pieces(
         counts.update(split_pieces(text, pattern))
     return counts
 
-# %% ../nbs/00b_data.ipynb #7644d9a5
+# %% ../nbs/00b_data.ipynb #91a70c36
 class PairIndex:
-    """All pieces as one linked list of ids, with the count and places of every pair."""
+    """All pieces as one linked list of ids, with the count and places of each pair."""
 
     def __init__(self, pieces: Counter):
         self.ids, self.left, self.right, self.weight = [], [], [], []
@@ -123,12 +123,11 @@ class PairIndex:
 
     def add(self, i: int, j: int) -> tuple | None:
         """Count the pair at places i and j, and return it."""
-        if i < 0 or j < 0:
-            return None
-        pair = self.ids[i], self.ids[j]
-        self.counts[pair] += self.weight[i]
-        self.places[pair].append(i)
-        return pair
+        if i >= 0 and j >= 0:
+            pair = self.ids[i], self.ids[j]
+            self.counts[pair] += self.weight[i]
+            self.places[pair].append(i)
+            return pair
 
     def drop(self, i: int, j: int) -> None:
         """Uncount the pair at places i and j; `merge` skips its place later."""
@@ -298,16 +297,16 @@ def vocabulary_fields(content: dict) -> dict:  # the arguments of Vocabulary
     return dict(name=content["name"], ranks=ranks, pattern=content["pattern"],
                 special_tokens=dict(content["special_tokens"]))
 
-# %% ../nbs/00b_data.ipynb #693e6fef
+# %% ../nbs/00b_data.ipynb #db13f4d2
 class Tokenizer(Vocabulary):
     """A vocabulary that encodes and decodes, run by tiktoken."""
 
     @cached_property
     def encoding(self) -> tiktoken.Encoding:
         """The same vocabulary in tiktoken."""
-        return tiktoken.Encoding(
-            self.name, pat_str=PATTERNS[self.pattern], mergeable_ranks=self.ranks,
-            special_tokens=self.special_tokens)
+        return tiktoken.Encoding(self.name, pat_str=PATTERNS[self.pattern],
+                                 mergeable_ranks=self.ranks,
+                                 special_tokens=self.special_tokens)
 
     def encode(
         self,
@@ -316,13 +315,13 @@ class Tokenizer(Vocabulary):
     ) -> list[int]:
         """Text to ids. A special token in it is ordinary text unless allowed."""
         ids, allowed = [], "all" if allow_special else set()
+        run = partial(self.encoding.encode, allowed_special=allowed, disallowed_special=())
         for i, part in enumerate(valid_parts(text)):
             if i % 2:
                 ids.append(self.ranks[part.encode("utf-8", "surrogateescape")])
-                continue
-            for calm in without_long_runs(part, self.pattern):
-                ids += self.encoding.encode(
-                    calm, allowed_special=allowed, disallowed_special=())
+            else:
+                for calm in without_long_runs(part, self.pattern):
+                    ids += run(calm)
         return ids
 
     def encode_batch(self, texts: Iterable, allow_special: bool = False) -> list:
@@ -345,11 +344,11 @@ class Tokenizer(Vocabulary):
         return self.decode_bytes([id])
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Text as it comes, id by id; a character appears when its last byte does."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        """Text id by id; a character comes when its last byte does."""
+        decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         for i in ids:
-            yield decoder.decode(self.token_bytes(i))
-        yield decoder.decode(b"", final=True)
+            yield decode(self.token_bytes(i))
+        yield decode(b"", final=True)
 
 # %% ../nbs/00b_data.ipynb #b361da86
 LONG_RUN = regex.compile(r"(?<!\s)\s{100000,}+(?=\S)")
@@ -475,7 +474,7 @@ def check_split(
                                               "'train' or 'validation'")
     return split
 
-# %% ../nbs/00b_data.ipynb #ca42868b
+# %% ../nbs/00b_data.ipynb #b8a91291
 CHUNK = 2**18  # characters that are read at a time
 BOMS = {  # byte-order marks, with which a file names its encoding; the longest first
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
@@ -491,8 +490,8 @@ def text_file(
 ) -> Corpus:
     """Your own text, streamed, so that the file may be larger than memory.
 
-    Raises `DataError`, which says what to do, if the file is missing, empty, binary or
-    in another encoding. Line ends stay as they are."""
+    Line ends stay as they are. Raises `DataError`, which says what to do, if the file is
+    missing, empty, binary or in another encoding."""
     require(type(validation) in (int, float) and 0 <= validation < 1,
             f"validation={validation!r} is outside [0, 1)")
     path = Path(path)
@@ -514,18 +513,16 @@ def file_encoding(path: Path, encoding: str) -> str:
         raise DataError(f"encoding {encoding!r:.40} is unknown: name one of Python's, "
                         "such as 'utf-8', 'latin-1' or 'utf-16'") from None
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
+        if not path.is_file():
             raise DataError(f"{path} is not a file: give the path of a text file")
         with open(path, "rb") as f:
             start = f.read(4)
-    except (OSError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path} cannot be read: {error}") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
     marked = (name for bom, name in BOMS.items() if start.startswith(bom))
     return next(marked, known) if known == "utf-8" else known
 
-# %% ../nbs/00b_data.ipynb #1f63c03e
+# %% ../nbs/00b_data.ipynb #f5cbd96a
 def read_chunks(path: Path, encoding: str) -> Iterator[str]:
     """The text of a file, `CHUNK` characters at a time, without a byte-order mark."""
     done = 0
@@ -543,7 +540,7 @@ def read_chunks(path: Path, encoding: str) -> Iterator[str]:
                         f"({error!s:.80}). If it is text, name its encoding, such as "
                         "encoding='latin-1'") from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def file_part(
@@ -608,7 +605,7 @@ def listed(files: dict, split: str) -> Iterator[str]:
     """The documents of a split, from a dict of lists."""
     return iter(files[check_split(split)])
 
-# %% ../nbs/00b_data.ipynb #f65b4a30
+# %% ../nbs/00b_data.ipynb #180a6669
 SHAKESPEARE_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
                    "tinyshakespeare/input.txt")
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -631,11 +628,8 @@ def shakespeare(
 
 def cache_folder() -> Path:
     """Where this system's programs keep what they can download again."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    if os.name == "nt":
-        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
-    elif sys.platform == "darwin":
-        base = "~/Library/Caches"
+    usual = {"win32": "~/AppData/Local", "darwin": "~/Library/Caches"}
+    base = os.environ.get("XDG_CACHE_HOME") or usual.get(sys.platform, "~/.cache")
     return Path(base, "gptbook").expanduser()
 
 
@@ -655,7 +649,7 @@ def download(
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(data)
         os.replace(part, path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         part.unlink(missing_ok=True)
         raise DataError(f"no {path.name} ({error}): download {url}, SHA-256 {sha256}, "
                         f"and put it at {path}") from None
@@ -705,7 +699,7 @@ def tokenize(
             bar.update(len(text))
     return np.frombuffer(ids, dtype=ids.typecode) if ids else np.empty(0, ids.typecode)
 
-# %% ../nbs/00b_data.ipynb #569e6445
+# %% ../nbs/00b_data.ipynb #5596a347
 class Windows:
     """Ids cut into windows in order: each id but the first is a target once."""
 
@@ -719,9 +713,9 @@ class Windows:
         shrink: bool = False,  # shorten the context to a text that is shorter
     ):
         self.ids, self.document_end = check_ids(ids), document_end
-        for value in (context_length, batch_size):
-            require(type(value) is int and value >= 1, f"context_length={context_length!r} "
-                    f"and batch_size={batch_size!r} must be whole numbers >= 1")
+        for n in (context_length, batch_size):
+            require(type(n) is int and n >= 1, f"context_length={context_length!r} and "
+                    f"batch_size={batch_size!r} must be whole numbers >= 1")
         if document_end is None and self.n_tokens <= context_length:
             if not shrink:
                 raise DataError(f"{self.n_tokens} tokens are too few for context_length="

@@ -25,12 +25,12 @@ from matplotlib import rc_context, rcParams
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-# %% ../nbs/00a_figures.ipynb #c12892cd
-INK = "#797979"       # stands for the page's text colour; the best single grey
+# %% ../nbs/00a_figures.ipynb #4fc5c169
+INK = "#7b7b7b"       # stands for the page's text colour; the best single grey
 PAPER = "#fdfdfc"     # stands for the page's background
-PALETTE = {"blue": "#145ccc", "orange": "#eb660a", "green": "#47a385",
-           "pink": "#a33d7a", "violet": "#ad7aeb"}
-HEAT = {"plus": "#2b7de0", "minus": "#eb660a"}     # hue is sign, opacity is magnitude
+PALETTE = {"blue": "#375be4", "orange": "#db7612", "green": "#24a489",
+           "pink": "#b61b9b", "violet": "#a480db"}
+HEAT = {"plus": "#2b7de0", "minus": "#db7612"}     # hue is sign, opacity is magnitude
 
 # %% ../nbs/00a_figures.ipynb #60ab81da
 STYLE = {
@@ -73,7 +73,7 @@ class Display:
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.title}>"
 
-# %% ../nbs/00a_figures.ipynb #31d163e4
+# %% ../nbs/00a_figures.ipynb #b7cbaf38
 BACKGROUND = "var(--pst-color-background,var(--jp-layout-color0,Canvas))"
 FONT = "system-ui,-apple-system,Segoe UI,Roboto,Helvetica Neue,Arial,sans-serif"
 
@@ -88,14 +88,16 @@ def inline_svg(
     box = re.search(r'viewBox="[^"]*"', out.getvalue()).group()
     svg = re.sub(r"^.*?<svg[^>]*>|<metadata>.*?</metadata>|<style.*?</style>"
                  r"|<!--.*?-->", "", out.getvalue(), flags=re.S)
-    tags = [(r"(?<=<g) id=\"[^\"]*\"|font-family: [^;\"]*; ", ""), (r"\s+", " "),
-            (r"(\d\.\d\d)\d+", r"\1"), (rf": ({INK}|#000000)\b", ": currentColor"),
-            (rf": {PAPER}\b", f": {BACKGROUND}")]
+    svg = re.sub(r">\s+<", "><", svg)
+    tags = [(r" transform=\"rotate\(-0 [^\"]*\"|font-family: [^;\"]*; ", ""),
+            (r"(?<=<g) id=\"[^\"]*\"", ""), (r"\s+", " "), (r"(\d\.\d\d)\d+", r"\1"),
+            (rf": ({INK}|#000000)\b", ": currentColor"),
+            (f": {PAPER}", f": {BACKGROUND}")]
     for find, put in tags:                                  # in tags, never in words
         svg = re.sub(f"(?:{find})(?=[^<>]*>)", put, svg)
     key = "f" + hashlib.sha1(svg.encode()).hexdigest()[:6]
-    for name in set(re.findall(r'\bid="([^"]+)"', svg)):
-        svg = re.sub(rf'(id="|#){re.escape(name)}\b', rf"\g<1>{key}{name}", svg)
+    for name in set(re.findall(r'\bid="([^"]+)"(?=[^<>]*>)', svg)):
+        svg = re.sub(rf'(id="|#){name}\b(?=[^<>]*>)', rf"\g<1>{key}{name}", svg)
     svg = re.sub(r"(<text[^>]*?)fill: (#[0-9a-f]{6})",
                  r"\1fill: \2; fill: color-mix(in srgb, \2 65%, currentColor)", svg)
     look = f'font-family="{FONT}" fill="currentColor" style="stroke-linejoin:round"'
@@ -129,7 +131,7 @@ class Drawing(Display):
             self.figure.suptitle(self.title, x=0.01, ha="left", weight="bold")
             self.figure.savefig(path)
 
-# %% ../nbs/00a_figures.ipynb #e82a46fe
+# %% ../nbs/00a_figures.ipynb #d6eed6ad
 def canvas(
     height: float = 3.2,   # inches; the width is the page's, 7.2
     rows: int = 1,         # axes below each other
@@ -150,7 +152,8 @@ def use_style() -> None:
     except ImportError:
         return                                # a script: the style is all
     if (shell := get_ipython()) is not None:
-        import matplotlib.pyplot              # noqa: F401  it hooks itself into IPython
+        from matplotlib import pyplot
+        pyplot.switch_backend(pyplot.get_backend())         # now it meets IPython, then we
         formatters = shell.display_formatter.formatters
         formatters["image/png"].pop(Figure, None)
         formatters["text/html"].for_type(Figure, lambda f: Drawing(f)._repr_html_())
@@ -189,7 +192,7 @@ def _references(ax, named: dict) -> None:
         ax.annotate(label, (at, 1), (4, 0), xycoords=("data", "axes fraction"),
                     textcoords="offset points", va="center", color=INK)
 
-# %% ../nbs/00a_figures.ipynb #c3da665c
+# %% ../nbs/00a_figures.ipynb #e121f88d
 def _draw(ax, x, series: dict, band: dict, marker: str) -> list:
     """Draw every series; returns (label, last x, last y, colour) of each."""
     if not series:
@@ -198,9 +201,9 @@ def _draw(ax, x, series: dict, band: dict, marker: str) -> list:
     for (label, y), color in zip(series.items(), itertools.cycle(PALETTE.values())):
         y = _numbers(y, label)
         at = x[label] if isinstance(x, dict) else x
-        at = np.arange(len(y)) if at is None else _numbers(at, "x")
-        if at.shape != y.shape:
-            raise ValueError(f"{label}: {len(y)} values for {len(at)} places on x")
+        at = np.arange(y.size) if at is None else _numbers(at, "x")
+        if y.ndim != 1 or at.shape != y.shape:
+            raise ValueError(f"{label}: values {y.shape} over x {at.shape}")
         if label in band:
             low, high = (_numbers(b, label) for b in band[label])
             ax.fill_between(at, low, high, color=color, alpha=0.18, linewidth=0)
@@ -222,7 +225,7 @@ def _log_axes(ax, log: str) -> None:
             axis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axis.set_minor_formatter(NullFormatter())
 
-# %% ../nbs/00a_figures.ipynb #c698cc96
+# %% ../nbs/00a_figures.ipynb #e15cc917
 def lines(
     x,                         # a sequence for all, {label: sequence}, or None: 0, 1, …
     series: dict,              # {label: y values}; NaN leaves a gap
@@ -249,13 +252,13 @@ def lines(
         for label, y in (reference or {}).items():
             ax.axhline(y, color=INK, linewidth=1, dashes=(4, 3))
             ends.append((label, max((e[1] for e in ends), default=0), y, INK))
-        if len(series) > 1 or reference:
+        if len(ends) > 1:
             _label_ends(ax, ends)
     said = "; ".join(f"{label} ends at {y:.3g}" for label, _, y, _ in ends)
     said = f"Line chart. {title}. {ylabel} over {xlabel}. {said}."
     return Drawing(figure, title, said)
 
-# %% ../nbs/00a_figures.ipynb #a41e8c0d
+# %% ../nbs/00a_figures.ipynb #2c64f563
 def _matrix(ax, matrix, top=None, hidden=None, most=1.0) -> np.ndarray:
     """Draw a matrix on `ax`; returns its values, with NaN where they are hidden."""
     values = _numbers(matrix, "matrix")
@@ -271,7 +274,7 @@ def _matrix(ax, matrix, top=None, hidden=None, most=1.0) -> np.ndarray:
     for sign, color in ((values >= 0, HEAT["plus"]), (values < 0, HEAT["minus"])):
         rgba[sign, :3] = [int(color[i:i + 2], 16) for i in (1, 3, 5)]
     rgba[..., 3] = np.round(255 * most * np.clip(np.abs(values) / top, 0, 1))
-    rgba[mask] = (121, 121, 121, 30)
+    rgba[mask] = (123, 123, 123, 30)
     ax.imshow(rgba, interpolation="none", aspect="auto")
     ax.grid(False)
     ax.spines[:].set_visible(False)
@@ -309,7 +312,7 @@ def heatmap(
     said = f"Heat map, {n} by {m}. {title}. {ylabel} by {xlabel}."
     return Drawing(figure, title, said)
 
-# %% ../nbs/00a_figures.ipynb #803e73cf
+# %% ../nbs/00a_figures.ipynb #b04df5e5
 def grid(
     matrices,             # matrices of one scale
     *,
@@ -324,6 +327,8 @@ def grid(
     names = [""] * len(panels) if titles is None else [str(t) for t in titles]
     if not panels or len(names) != len(panels):
         raise ValueError(f"{len(names)} titles for {len(panels)} matrices")
+    if any(m.ndim != 2 for m in panels):
+        raise ValueError(f"panels need 2 axes, got shapes {[m.shape for m in panels]}")
     top = vmax or max(np.abs(m[np.isfinite(m)]).max(initial=0) for m in panels)
     high = 7 / columns * max(m.shape[0] / m.shape[-1] for m in panels) + 0.3
     count = -(-len(panels) // columns)
@@ -339,7 +344,7 @@ def grid(
     said = f"{len(panels)} heat maps. {title}. {', '.join(names)}"
     return Drawing(figure, title, said)
 
-# %% ../nbs/00a_figures.ipynb #d28c9cb7
+# %% ../nbs/00a_figures.ipynb #36f35caa
 def bars(
     values: dict,             # {label: value}
     *,
@@ -353,6 +358,8 @@ def bars(
 ) -> Drawing:
     """Horizontal bars from zero, each with its value beside it."""
     numbers = _numbers(list(values.values()), "values")
+    if numbers.ndim != 1 or not np.isfinite(numbers).all():
+        raise ValueError(f"each bar needs one finite number, got {values}")
     figure, ax = canvas(0.34 * len(values) + 0.8)
     with rc_context(STYLE):
         for i, (name, value) in enumerate(zip(values, numbers)):
@@ -403,7 +410,7 @@ def spans(
                     f"{html.escape(ends)}</small>")
     return Display(f'<p style="line-height:2.1;margin:0">{out}</p>', title)
 
-# %% ../nbs/00a_figures.ipynb #1ebe12c9
+# %% ../nbs/00a_figures.ipynb #cb320c01
 def word_bars(
     words,              # the words or tokens, in order
     values,             # one number >= 0 a word
@@ -413,8 +420,8 @@ def word_bars(
 ) -> Display:
     """A text with a bar and a number under each word: surprisal, loss, probability."""
     words, values = [str(w) for w in words], _numbers(values, "values")
-    if len(words) != len(values):
-        raise ValueError(f"{len(words)} words for {len(values)} values")
+    if values.shape != (len(words),):
+        raise ValueError(f"{len(words)} words for values of shape {values.shape}")
     if not np.isfinite(values).all() or (values < 0).any():
         raise ValueError("values must be finite and at least 0")
     cell = "display:inline-block;vertical-align:top;text-align:center;margin:.2em .18em"
@@ -524,10 +531,10 @@ def _pack(weights, tokens: list) -> tuple:
     packed = zlib.compress(levels.tobytes(), 9)
     return array.shape[:3], base64.b64encode(packed).decode()
 
-# %% ../nbs/00a_figures.ipynb #0f1c298a
+# %% ../nbs/00a_figures.ipynb #e4af40c0
 #| code-fold: true
 VIEW_HTML = """<style>
-.gba{--a:43,125,224;font-size:14px;line-height:1.45}
+.gba{--a:43,125,224;font-size:14px;line-height:1.45;padding:2px}
 .gba .c{display:flex;flex-wrap:wrap;gap:1.1rem 1.6rem;align-items:flex-start}
 .gba button{font:inherit;color:inherit;background:none;border:1px solid transparent;
  border-radius:4px;cursor:pointer;padding:0;margin:0;min-width:0}

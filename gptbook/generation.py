@@ -118,7 +118,7 @@ def every_id(logits: Tensor) -> Tensor:  # (B, V)
     """0 to V - 1 in each row."""
     return torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
 
-# %% ../nbs/06_generation.ipynb #1e5a8247
+# %% ../nbs/06_generation.ipynb #31c6fc8a
 def candidates(
     logits: Tensor,  # (V,) or (B, V), never changed; -inf bans a token
     temperature: float = 1.0,  # divides the logits; 0 is greedy
@@ -139,7 +139,9 @@ def candidates(
     n, everything = logits.shape[1], top_p in (None, 1)
     top_k = None if top_k is None or top_k >= n else top_k
     if top_k is None and everything:
-        return every_id(logits), scale(logits).softmax(-1)
+        ids, banned = every_id(logits), logits.isinf()
+        ids = ids.masked_fill(banned, -1) if banned.any() else ids
+        return ids, scale(logits).softmax(-1)
     found = shortlist(logits, scale, top_k, math.inf if everything else top_p)
     return found or nucleus(logits, scale(logits.double()), top_p)
 

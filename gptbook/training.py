@@ -6,9 +6,8 @@
 __all__ = ['COUNTS', 'OPTIONAL_COUNTS', 'COUNTERS', 'PRESETS', 'TrainConfig', 'check_train_config', 'parameter_groups',
            'make_optimizer', 'compute_gradients', 'evaluate_loss', 'History', 'Run', 'run_state', 'restore_run',
            'run_facts', 'precision_of', 'NonFiniteError', 'update', 'stop_on_signal', 'save_weights', 'validate',
-           'keep', 'Progress', 'train', 'begin_run', 'prepare_folder', 'check_fit', 'hopeless', 'LossPlot',
-           'plot_history', 'show_samples', 'seconds_per_step', 'steps_for_minutes', 'autocast_for', 'faster_precision',
-           'Preset']
+           'keep', 'Progress', 'train', 'begin_run', 'check_fit', 'open_folder', 'hopeless', 'LossPlot', 'plot_history',
+           'show_samples', 'seconds_per_step', 'steps_for_minutes', 'autocast_for', 'faster_precision', 'Preset']
 
 # %% ../nbs/01_training.ipynb #3bf69678
 import hashlib
@@ -130,7 +129,7 @@ def compute_gradients(
     clear_auxiliary_loss(loss_model)  # after backward: checkpointing needs it there
     return loss.item(), auxiliary
 
-# %% ../nbs/01_training.ipynb #0979a709
+# %% ../nbs/01_training.ipynb #0f1a5f69
 @torch.no_grad()
 def evaluate_loss(
     model: GPTModel,
@@ -139,7 +138,7 @@ def evaluate_loss(
     batches: int | None = None,   # only the first so many; None: all
     autocast: Callable = nullcontext,
 ) -> float:                       # nats a token
-    """The mean loss over tokens in evaluation mode; afterwards the mode is as before."""
+    """The mean loss over tokens, in evaluation mode; the model's mode comes back."""
     device, mode = next(model.parameters()).device, model.training
     loss_model, total, count = LossModel(model).eval(), 0.0, 0
     windows = tqdm(data.windows(), "validation", delay=2, leave=False, disable=None)
@@ -177,7 +176,7 @@ class History(list):
         rows = (dict(zip(table, row)) for row in zip(*columns))
         return cls({name: x for name, x in row.items() if x == x} for row in rows)
 
-# %% ../nbs/01_training.ipynb #3d566c2c
+# %% ../nbs/01_training.ipynb #ac589d2e
 @dataclass
 class Run:
     """A run in progress: what the loop changes, and what a callback may look at."""
@@ -188,6 +187,7 @@ class Run:
     schedule: Callable  # updates made -> factor of the learning rate
     out: Path | None = None  # the folder; None writes nothing
     tokenizer: object = None  # stored with the weights
+    info: dict = field(default_factory=dict)  # JSON values, stored with the weights
     facts: dict = field(default_factory=dict)  # what a resumed run must share
     step: int = 0  # batches seen
     skipped: int = 0  # batches of these that were not used
@@ -315,7 +315,7 @@ def stop_on_signal(numbers: tuple = (signal.SIGINT, signal.SIGTERM)):
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
-# %% ../nbs/01_training.ipynb #177760c7
+# %% ../nbs/01_training.ipynb #086c5c82
 def save_weights(run: Run, name: str) -> Path:
     """Write `name`.safetensors with what a reader of the file wants to know."""
     _, losses = run.history.column("validation_loss")
@@ -323,6 +323,7 @@ def save_weights(run: Run, name: str) -> Path:
         run.out / f"{name}.safetensors", run.model, run.tokenizer,
         epoch=round(run.step / run.config.steps_per_epoch, 2), step=run.step,
         validation_loss=losses[-1] if losses else None, training=asdict(run.config),
+        **run.info,
     )
 
 
@@ -340,7 +341,7 @@ def validate(run: Run, data: TokenDataset, autocast: Callable = nullcontext) -> 
 
 
 def keep(run: Run) -> None:
-    """Write what is due after a step: a line of the log, an epoch's weights, the state."""
+    """Write what is due after a step: log, weights of an epoch, state."""
     if not run.out:
         return
     with open(run.out / "log.jsonl", "a") as log:
@@ -389,7 +390,7 @@ class Progress:
                 + f", {left // 60:.0f}:{left % 60:02.0f} left"
             )
 
-# %% ../nbs/01_training.ipynb #28d0a759
+# %% ../nbs/01_training.ipynb #dea2b1da
 def train(
     model: GPTModel,              # trained in place, on the device where it is
     data: TokenDataset,           # its batch(seed, step) is a pure function
@@ -403,13 +404,15 @@ def train(
     callbacks: tuple = (),             # called with the Run after each step
     resume: bool = False,              # go on from the last state in `out`
     resume_command: str = "train(..., resume=True)",  # told after Ctrl-C
+    info: dict | None = None,          # JSON values that are stored with the weights
     progress: bool = True,             # show it
 ) -> History:
     """Train a model; Ctrl-C ends it after the step, with everything saved.
 
     Raises `ValueError` if the arguments do not fit each other or the saved run, and
     `NonFiniteError` after `max_bad_steps` steps in a row that had to be skipped."""
-    run = begin_run(model, data, config, out, tokenizer, schedule, autocast, resume)
+    run = begin_run(model, data, config, out=out, tokenizer=tokenizer, info=info,
+                    schedule=schedule, autocast=autocast, resume=resume)
     loss_model = LossModel(model).train()
     with stop_on_signal() as stop, Progress(run, progress) as show:
         while run.step < config.steps and not run.stopping:
@@ -432,48 +435,47 @@ def train(
     model.eval()
     return run.history
 
-# %% ../nbs/01_training.ipynb #1d5adf39
+# %% ../nbs/01_training.ipynb #3e674101
 def begin_run(
-    model, data, config, out=None, tokenizer=None, schedule=None, autocast=nullcontext,
-    resume=False,
+    model, data, config, *, out=None, tokenizer=None, schedule=None,
+    autocast=nullcontext, info=None, resume=False,
 ) -> Run:  # at its first step, or where the saved one was
-    """Check what `train` was given, before anything is written; then set up or resume."""
+    """Set up what `train` was given, or resume; nothing is written if it does not fit."""
     check_fit(model, data, tokenizer)
+    if resume and not out:
+        raise ValueError("resume=True needs out=, the folder of the run")
     epoch = config.steps_per_epoch or data.steps_per_epoch
     run = Run(
         model, make_optimizer(model, config), replace(config, steps_per_epoch=epoch),
-        schedule or (lambda step: 1.0), out and Path(out), tokenizer,
+        schedule or (lambda step: 1.0), out and Path(out), tokenizer, info or {},
     )
     run.facts = run_facts(run, data, autocast)
-    if resume and not out:
-        raise ValueError("resume=True needs out=, the folder of the run")
-    torch.manual_seed(config.seed)  # after the model: a run depends on its arguments only
+    torch.manual_seed(config.seed)  # whatever was drawn before
     if out:
-        prepare_folder(run, resume)
+        open_folder(run, resume)
     return run
 
 
-def prepare_folder(run: Run, resume: bool) -> None:
+def check_fit(model: GPTModel, data: TokenDataset, tokenizer=None) -> None:
+    """Raise `ValueError` if the rows or the tokens are too many for the model."""
+    limit, length = model.max_positions, data.context_length
+    if limit is not None and length > limit:
+        raise ValueError(f"a row of the data has {length} tokens, the model has {limit} "
+                         "positions")
+    n, size = tokenizer.n_vocab if tokenizer else 0, model.config.vocab_size
+    if n > size:
+        raise ValueError(f"the tokenizer has {n} tokens, the model has {size}")
+
+
+def open_folder(run: Run, resume: bool) -> None:
     """Resume from `run.out`, or make sure that a new run can write there."""
-    log = run.out / "log.jsonl"
     if resume:
         restore_run(run, load_state(run.out / "state"))
     elif (run.out / "state").exists():
         raise ValueError(f"{run.out} holds a run already: resume it, or choose another "
                          "folder")
-    lines = "".join(json.dumps(row) + "\n" for row in run.history)
-    atomic_write(log, lines.encode())
-
-
-def check_fit(model: GPTModel, data: TokenDataset, tokenizer=None) -> None:
-    """Raise `ValueError` if the data are too long or too rich for the model."""
-    limit, length = model.max_positions, data.context_length
-    if limit is not None and length > limit:
-        raise ValueError(f"the data have {length} tokens a row, the model knows {limit} "
-                         "positions")
-    size = model.config.vocab_size
-    if tokenizer is not None and tokenizer.n_vocab > size:
-        raise ValueError(f"the tokenizer has {tokenizer.n_vocab} tokens, the model {size}")
+    rows = "".join(json.dumps(row) + "\n" for row in run.history)
+    atomic_write(run.out / "log.jsonl", rows.encode())
 
 
 def hopeless(run: Run) -> str:
@@ -484,9 +486,9 @@ def hopeless(run: Run) -> str:
     return text + (f", saved in {run.out}" if run.out else "") + (
         ". Look at data.batch(seed, step - 1), or train with a lower learning rate")
 
-# %% ../nbs/01_training.ipynb #7b13805a
+# %% ../nbs/01_training.ipynb #70012e3a
 class LossPlot:
-    """A callback that draws the losses while a notebook cell runs, and leaves the last."""
+    """A callback that draws the losses while a cell runs; the last picture stays."""
 
     def __init__(
         self,
@@ -543,7 +545,7 @@ def show_samples(
 
     return callback
 
-# %% ../nbs/01_training.ipynb #7733b981
+# %% ../nbs/01_training.ipynb #2d0317cd
 def seconds_per_step(
     model: GPTModel,     # not changed
     data: TokenDataset,
@@ -574,7 +576,7 @@ def steps_for_minutes(
         raise ValueError(f"minutes={minutes!r} must be positive and finite")
     steps = int(60 * minutes * (1 - reserve) / seconds)
     if steps < 1:
-        raise ValueError(f"minutes={minutes} are too few: one step takes {seconds:.1f} s")
+        raise ValueError(f"minutes={minutes} are too few: a step takes {seconds:.1f} s")
     return steps
 
 # %% ../nbs/01_training.ipynb #5d8d84d5

@@ -166,6 +166,14 @@ def constants(module: str, names: list[str]) -> str:
     return "\n".join(out)
 
 
+def documented(module: str, names: list[str]) -> list[str]:
+    """Those names that have an entry in the reference: all but constants without comment."""
+    tree = ast.parse((ROOT / "gptbook" / f"{module}.py").read_text(encoding="utf-8"))
+    defined = {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    explained = re.findall(r"py:data:: (\w+)", constants(module, names))
+    return [name for name in names if name in defined or name in explained]
+
+
 def write_api_pages():
     """Write `book/api/MODULE.md` for each module, and remove those of modules that left."""
     folder = ROOT / "book" / "api"
@@ -188,7 +196,7 @@ class ModuleTable(SphinxDirective):
         lines = ["| Module | Page | Names |", "|:---|:---|:---|"]
         for page in pages():
             names = " ".join(f"{{py:obj}}`{n} <gptbook.{page['module']}.{n}>`"
-                             for n in page["names"])
+                             for n in documented(page["module"], page["names"]))
             lines.append(f"| [{page['module']}](api/{page['module']}.md) | "
                          f"[{page['title']}](../nbs/{page['page']}.ipynb) | {names} |")
         box = nodes.container(classes=["module-table"])
