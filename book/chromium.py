@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+PATIENCE = 180.0  # seconds for one answer: a loaded machine may take long
 MACOS = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
 
 
@@ -87,7 +88,7 @@ class Browser:
         message, _, self._buffer = self._buffer.partition(b"\0")
         return json.loads(message)
 
-    def send(self, method: str, session: str | None = None, timeout=60.0, **params) -> dict:
+    def send(self, method: str, session: str | None = None, timeout=PATIENCE, **params) -> dict:
         """Call a DevTools method and return its result; events on the way are kept."""
         number = next(self._ids)
         call = {"id": number, "method": method, "params": params}
@@ -106,7 +107,7 @@ class Browser:
             self.events.append(message)
         raise TimeoutError(f"{method}: no answer in {timeout} s")
 
-    def wait(self, method: str, session: str, timeout=60.0) -> dict:
+    def wait(self, method: str, session: str, timeout=PATIENCE) -> dict:
         """Wait for an event of a session."""
         deadline = time.monotonic() + timeout
         seen = 0
@@ -136,15 +137,17 @@ class Page:
                                     flatten=True)["sessionId"]
         for domain in ("Page", "Network", "Runtime"):
             self._send(f"{domain}.enable")
-        self._resize(height)
+        self.resize(width, height)
         self._send("Emulation.setEmulatedMedia",
                    features=[{"name": "prefers-color-scheme", "value": scheme}])
         if script:
             self._send("Page.addScriptToEvaluateOnNewDocument", source=script)
 
-    def _resize(self, height):
-        self._send("Emulation.setDeviceMetricsOverride", width=self.width, height=height,
-                   deviceScaleFactor=1, mobile=self.width < 600)
+    def resize(self, width: int, height: int):
+        """Give the window another size."""
+        self.width = width
+        self._send("Emulation.setDeviceMetricsOverride", width=width, height=height,
+                   deviceScaleFactor=1, mobile=width < 600)
 
     def _send(self, method, **params):
         return self.browser.send(method, self.session, **params)
@@ -201,7 +204,7 @@ class Page:
     def screenshot(self, path: Path, top=0, height: int | None = None) -> Path:
         """A PNG of what a window of that height shows, scrolled to `top`."""
         full = self.evaluate("document.documentElement.scrollHeight")
-        self._resize(min(height or full, 16000))
+        self.resize(self.width, min(height or full, 16000))
         self.evaluate(f"scrollTo({{top: {top}, behavior: 'instant'}})")
         time.sleep(0.1)
         data = self._send("Page.captureScreenshot")["data"]

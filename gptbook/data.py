@@ -279,7 +279,7 @@ def check_vocabulary(v: Vocabulary) -> None:
     missing = [b for b in range(256) if bytes([b]) not in v.ranks]
     require(not missing, f"{len(missing)} of the 256 bytes are no token: {missing[:3]}")
 
-# %% ../nbs/00b_data.ipynb #f059e9be
+# %% ../nbs/00b_data.ipynb #76fbacac
 def vocabulary_fields(content: dict) -> dict:  # the arguments of Vocabulary
     """Read the output of `to_dict`, trusting none of it."""
     fields = {"name": str, "pattern": str, "tokens": list, "special_tokens": dict}
@@ -294,6 +294,8 @@ def vocabulary_fields(content: dict) -> dict:  # the arguments of Vocabulary
             token = token.encode("latin-1")
             require(token not in ranks, f"tokens {ranks.get(token)} and {i} are the same")
             ranks[token] = i
+    n = len(ranks) + len(content["special_tokens"])
+    require(len(content["tokens"]) == n, f"{len(content['tokens'])} tokens, not {n}")
     return dict(name=content["name"], ranks=ranks, pattern=content["pattern"],
                 special_tokens=dict(content["special_tokens"]))
 
@@ -428,7 +430,7 @@ def gpt2_tokenizer() -> Tokenizer:
     ranks = {token: i for i, token in enumerate(tokens)}
     return Tokenizer("gpt2", ranks, {END_OF_TEXT: len(ranks)})
 
-# %% ../nbs/00b_data.ipynb #b3f92433
+# %% ../nbs/00b_data.ipynb #bfbbb6fb
 @dataclass(frozen=True)
 class Corpus:
     """Named text in two splits, "train" and "validation"."""
@@ -470,8 +472,8 @@ def check_split(
     split: str,
 ) -> str:
     """Return it. Raises `ValueError` unless it is "train" or "validation"."""
-    require(split in ("train", "validation"), f"unknown split {split!r:.40}: it is "
-                                              "'train' or 'validation'")
+    require(isinstance(split, str) and split in ("train", "validation"),
+            f"unknown split {split!r:.40}: it is 'train' or 'validation'")
     return split
 
 # %% ../nbs/00b_data.ipynb #b8a91291

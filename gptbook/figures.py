@@ -73,7 +73,7 @@ class Display:
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.title}>"
 
-# %% ../nbs/00a_figures.ipynb #b7cbaf38
+# %% ../nbs/00a_figures.ipynb #164a53e4
 BACKGROUND = "var(--pst-color-background,var(--jp-layout-color0,Canvas))"
 FONT = "system-ui,-apple-system,Segoe UI,Roboto,Helvetica Neue,Arial,sans-serif"
 
@@ -89,7 +89,8 @@ def inline_svg(
     svg = re.sub(r"^.*?<svg[^>]*>|<metadata>.*?</metadata>|<style.*?</style>"
                  r"|<!--.*?-->", "", out.getvalue(), flags=re.S)
     svg = re.sub(r">\s+<", "><", svg)
-    tags = [(r" transform=\"rotate\(-0 [^\"]*\"|font-family: [^;\"]*; ", ""),
+    tags = [(r" transform=\"rotate\(-0 [^\"]*\"|font-family: [^;\"]*sans-serif; ", ""),
+            (r"font-family: [^;\"]*monospace;", "font-family: monospace;"),
             (r"(?<=<g) id=\"[^\"]*\"", ""), (r"\s+", " "), (r"(\d\.\d\d)\d+", r"\1"),
             (rf": ({INK}|#000000)\b", ": currentColor"),
             (f": {PAPER}", f": {BACKGROUND}")]
@@ -103,13 +104,13 @@ def inline_svg(
     look = f'font-family="{FONT}" fill="currentColor" style="stroke-linejoin:round"'
     return f'<svg {box} role="img" aria-label="{html.escape(alt)}" {look}>{svg}'
 
-# %% ../nbs/00a_figures.ipynb #7156c269
+# %% ../nbs/00a_figures.ipynb #f2d94185
 class Drawing(Display):
     """A matplotlib figure as inline SVG, or as PNG where that is large."""
     limit = 60_000                            # bytes of SVG
 
-    def __init__(self, figure: Figure, title: str = "", alt: str = ""):
-        self.figure, self.title, self.alt = figure, title, alt or title
+    def __init__(self, figure: Figure, alt: str = "", title: str = ""):
+        self.figure, self.alt, self.title = figure, alt or title, title
 
     @property
     def ax(self):
@@ -131,7 +132,7 @@ class Drawing(Display):
             self.figure.suptitle(self.title, x=0.01, ha="left", weight="bold")
             self.figure.savefig(path)
 
-# %% ../nbs/00a_figures.ipynb #d6eed6ad
+# %% ../nbs/00a_figures.ipynb #dbd2bb8d
 def canvas(
     height: float = 3.2,   # inches; the width is the page's, 7.2
     rows: int = 1,         # axes below each other
@@ -153,7 +154,7 @@ def use_style() -> None:
         return                                # a script: the style is all
     if (shell := get_ipython()) is not None:
         from matplotlib import pyplot
-        pyplot.switch_backend(pyplot.get_backend())         # now it meets IPython, then we
+        pyplot.switch_backend(pyplot.get_backend())         # it meets IPython, then we do
         formatters = shell.display_formatter.formatters
         formatters["image/png"].pop(Figure, None)
         formatters["text/html"].for_type(Figure, lambda f: Drawing(f)._repr_html_())
@@ -225,7 +226,7 @@ def _log_axes(ax, log: str) -> None:
             axis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axis.set_minor_formatter(NullFormatter())
 
-# %% ../nbs/00a_figures.ipynb #e15cc917
+# %% ../nbs/00a_figures.ipynb #52863c7d
 def lines(
     x,                         # a sequence for all, {label: sequence}, or None: 0, 1, …
     series: dict,              # {label: y values}; NaN leaves a gap
@@ -256,7 +257,7 @@ def lines(
             _label_ends(ax, ends)
     said = "; ".join(f"{label} ends at {y:.3g}" for label, _, y, _ in ends)
     said = f"Line chart. {title}. {ylabel} over {xlabel}. {said}."
-    return Drawing(figure, title, said)
+    return Drawing(figure, said, title)
 
 # %% ../nbs/00a_figures.ipynb #2c64f563
 def _matrix(ax, matrix, top=None, hidden=None, most=1.0) -> np.ndarray:
@@ -281,7 +282,7 @@ def _matrix(ax, matrix, top=None, hidden=None, most=1.0) -> np.ndarray:
     ax.tick_params(length=0)
     return np.where(mask, np.nan, values)
 
-# %% ../nbs/00a_figures.ipynb #f9a554e8
+# %% ../nbs/00a_figures.ipynb #afa6e65f
 def heatmap(
     matrix,                # (rows, columns); what is not finite is drawn as hidden
     *,
@@ -310,9 +311,9 @@ def heatmap(
         if n == m:
             ax.set(aspect="equal", anchor="W")
     said = f"Heat map, {n} by {m}. {title}. {ylabel} by {xlabel}."
-    return Drawing(figure, title, said)
+    return Drawing(figure, said, title)
 
-# %% ../nbs/00a_figures.ipynb #b04df5e5
+# %% ../nbs/00a_figures.ipynb #fb39a929
 def grid(
     matrices,             # matrices of one scale
     *,
@@ -342,9 +343,9 @@ def grid(
             ax.set(xticks=[], yticks=[], box_aspect=panel.shape[0] / panel.shape[1])
             ax.set_title(name, fontsize=9.5, fontweight="normal", pad=4)
     said = f"{len(panels)} heat maps. {title}. {', '.join(names)}"
-    return Drawing(figure, title, said)
+    return Drawing(figure, said, title)
 
-# %% ../nbs/00a_figures.ipynb #36f35caa
+# %% ../nbs/00a_figures.ipynb #6d0d0bcf
 def bars(
     values: dict,             # {label: value}
     *,
@@ -379,7 +380,7 @@ def bars(
         ax.margins(x=0.12)
         _references(ax, reference)
     said = "; ".join(f"{n}: {v:{form}}{unit}" for n, v in zip(values, numbers))
-    return Drawing(figure, title, f"Bar chart. {title}. {said}.")
+    return Drawing(figure, f"Bar chart. {title}. {said}.", title)
 
 # %% ../nbs/00a_figures.ipynb #a92c9dd7
 def spans(

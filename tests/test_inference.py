@@ -12,7 +12,7 @@ from torch import nn
 from gptbook import inference
 from gptbook.core import GPTConfig, GPTModel, MultiHeadAttention, Positions, set_seed
 from gptbook.inference import (
-    Filled, KVCache, Plan, given_positions, held_positions, next_positions, settle,
+    Filled, KVCache, given_positions, held_positions, next_positions, settle,
 )
 
 V, CONTEXT = 97, 64
@@ -225,14 +225,14 @@ def test_anything_that_can_happen_to_a_cache_often(model, seed):
 
 
 def test_the_chunk_test_notices_a_hasty_ring(monkeypatch):
-    model, ids, right = make("window"), tokens(1, 40), inference.make_plan
+    model, ids, right = make("window"), tokens(1, 40), inference.make_view
 
     def hasty(where, before, after, size):
-        plan = right(where, before, after, size)
+        view = right(where, before, after, size)
         keys = Positions(held_positions(after, size, "cpu"))
-        return plan._replace(copy=False, keys=keys, n_slots=size) if plan.copy else plan
+        return view._replace(copy=False, keys=keys, n_slots=size) if view.copy else view
 
-    monkeypatch.setattr(inference, "make_plan", hasty)
+    monkeypatch.setattr(inference, "make_view", hasty)
     cache = KVCache(model)
     out = torch.cat([model(part, cache=cache) for part in ids.split(5, dim=1)], 1)
     assert (out - model(ids)).abs().max() > 0.5
@@ -491,12 +491,15 @@ def test_outputs_and_keys_equal_transformers(n_kv):
         torch.testing.assert_close(values[:, :, :30], layer.values, atol=1e-5, rtol=0)
 
 
-def test_a_compiled_model_takes_a_cache():
-    model, ids = make("window and full"), tokens(2, 24)
-    compiled = torch.compile(model, backend="eager", dynamic=True)
-    cache = KVCache(model)
-    parts = [compiled(part, cache=cache) for part in ids.split([8] + [1] * 16, dim=1)]
+def test_a_compiled_model_does_not_compile_each_length():
+    from torch._dynamo.testing import CompileCounter
+    torch._dynamo.reset()
+    model, ids, counter = make("learned"), tokens(2, 13), CompileCounter()
+    model.blocks = model.blocks[:2]
+    compiled, cache = torch.compile(model, backend=counter), KVCache(model)
+    parts = [compiled(part, cache=cache) for part in ids.split([8] + [1] * 5, dim=1)]
     assert_same(torch.cat(parts, 1), model(ids))
+    assert counter.frame_count <= 3
 
 
 # --- properties (R12) ---------------------------------------------------------------------------------
@@ -531,7 +534,7 @@ def test_given_positions_takes_what_continues_and_nothing_else(real, wrong, colu
             given_positions(filled, other)
 
 
-def test_a_plan_never_writes_a_slot_twice():
+def test_a_step_never_writes_a_slot_twice():
     for size in (3, 8):
         for lengths in ([0, 0], [5, 2], [20, 11]):
             for n in (1, 2, 9, 20):
@@ -539,8 +542,6 @@ def test_a_plan_never_writes_a_slot_twice():
                 before = settle(start, start)
                 index = start[:, None] + torch.arange(n)
                 where, after = given_positions(before, index)
-                plan = inference.make_plan(where, before, after, size)
-                assert isinstance(plan, Plan)
-                rows, _, slots = plan.into
+                (rows, _, slots), _ = inference.destination(where, before, after, size)
                 pairs = list(zip(rows.tolist(), slots.tolist()))
                 assert len(pairs) == len(set(pairs)) == 2 * min(n, size)

@@ -48,23 +48,24 @@ def page_name(path: Path, site: Path) -> str:
 
 
 # In the browser ----------------------------------------------------------------------
-def visit(browser, path: Path, width: int = 1300) -> dict:
-    """What one page asks for and shows."""
-    page = browser.page(width)
+def visit(browser, path: Path) -> dict:
+    """What one page asks for and shows, and by how much it is wider than a telephone."""
+    page = browser.page(1300)
     try:
         page.open(path.resolve().as_uri())
-        return {"outside": page.outside, "errors": page.errors, "math": page.evaluate(MATH),
-                "too wide": page.evaluate(WIDTH)}
+        math = page.evaluate(MATH)
+        page.resize(400, 900)
+        return {"math": math, "too wide": page.evaluate(WIDTH), "outside": page.outside,
+                "errors": page.errors}
     finally:
         page.close()
 
 
 @pytest.fixture(scope="module")
 def visits(site):
-    """{page name: what was seen}; each page is opened once at 1300 and once at 400 pixels."""
+    """{page name: what was seen}, with one browser."""
     with Browser() as browser:
-        return {(page_name(p, site), width): visit(browser, p, width)
-                for p in html_files(site) for width in (1300, 400)}
+        return {page_name(p, site): visit(browser, p) for p in html_files(site)}
 
 
 @needs_chromium

@@ -335,7 +335,8 @@ def copy_mathjax(app, exception):
 
 
 def drop_thebe(app):
-    """jupyter-book loads thebe's scripts on every page; this book has no live kernel."""
+    """jupyter-book puts thebe on every page; this book has no live kernel."""
+    app.registry.css_files[:] = [f for f in app.registry.css_files if "thebe" not in f[0]]
     for listeners in app.events.listeners.values():
         listeners[:] = [listener for listener in listeners
                         if not listener.handler.__module__.startswith("sphinx_thebe")]
