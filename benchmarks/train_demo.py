@@ -1,6 +1,6 @@
 """Train the stories model that travels with the package: gptbook/models/stories.safetensors.
 
-    python benchmarks/train_demo.py                # about 40 minutes on two quiet cores
+    python benchmarks/train_demo.py                # about 40 minutes on one quiet core
     python benchmarks/train_demo.py --resume       # go on after Ctrl-C or a crash
 
 The run, with its log and full state, lies in --out; at its end the best weights are stored
@@ -28,14 +28,14 @@ SEED = 1  # another seed than the default corpus, so that its held-out stories a
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--stories", type=int, default=150_000)
-    parser.add_argument("--steps", type=int, default=17_000)
+    parser.add_argument("--stories", type=int, default=100_000)
+    parser.add_argument("--steps", type=int, default=15_000)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--context-length", type=int, default=256)
+    parser.add_argument("--context-length", type=int, default=192)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -147,7 +147,7 @@ class Page:
         """Give the window another size."""
         self.width = width
         self._send("Emulation.setDeviceMetricsOverride", width=width, height=height,
-                   deviceScaleFactor=1, mobile=width < 600)
+                   deviceScaleFactor=1, mobile=False)
 
     def _send(self, method, **params):
         return self.browser.send(method, self.session, **params)

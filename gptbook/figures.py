@@ -132,7 +132,7 @@ class Drawing(Display):
             self.figure.suptitle(self.title, x=0.01, ha="left", weight="bold")
             self.figure.savefig(path)
 
-# %% ../nbs/00a_figures.ipynb #dbd2bb8d
+# %% ../nbs/00a_figures.ipynb #d040b068
 def canvas(
     height: float = 3.2,   # inches; the width is the page's, 7.2
     rows: int = 1,         # axes below each other
@@ -154,7 +154,7 @@ def use_style() -> None:
         return                                # a script: the style is all
     if (shell := get_ipython()) is not None:
         from matplotlib import pyplot
-        pyplot.switch_backend(pyplot.get_backend())         # it meets IPython, then we do
+        pyplot.switch_backend(pyplot.get_backend())     # it meets IPython, then we do
         formatters = shell.display_formatter.formatters
         formatters["image/png"].pop(Figure, None)
         formatters["text/html"].for_type(Figure, lambda f: Drawing(f)._repr_html_())
@@ -226,7 +226,7 @@ def _log_axes(ax, log: str) -> None:
             axis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axis.set_minor_formatter(NullFormatter())
 
-# %% ../nbs/00a_figures.ipynb #52863c7d
+# %% ../nbs/00a_figures.ipynb #2c312f79
 def lines(
     x,                         # a sequence for all, {label: sequence}, or None: 0, 1, …
     series: dict,              # {label: y values}; NaN leaves a gap
@@ -247,12 +247,13 @@ def lines(
     with rc_context(STYLE):
         ax.margins(x=0.01)
         ends = _draw(ax, x, series, band or {}, marker)
-        _log_axes(ax, log)
-        ax.set(xlabel=xlabel, ylabel=ylabel, ylim=ylim)
-        _references(ax, vertical)
+        right = max((x for _, x, *_ in ends), default=0)
         for label, y in (reference or {}).items():
             ax.axhline(y, color=INK, linewidth=1, dashes=(4, 3))
-            ends.append((label, max((e[1] for e in ends), default=0), y, INK))
+            ends.append((label, right, y, INK))
+        _references(ax, vertical)
+        ax.set(xlabel=xlabel, ylabel=ylabel, **({"ylim": ylim} if ylim else {}))
+        _log_axes(ax, log)
         if len(ends) > 1:
             _label_ends(ax, ends)
     said = "; ".join(f"{label} ends at {y:.3g}" for label, _, y, _ in ends)
@@ -382,33 +383,33 @@ def bars(
     said = "; ".join(f"{n}: {v:{form}}{unit}" for n, v in zip(values, numbers))
     return Drawing(figure, f"Bar chart. {title}. {said}.", title)
 
-# %% ../nbs/00a_figures.ipynb #a92c9dd7
+# %% ../nbs/00a_figures.ipynb #050ded36
 def spans(
     text: str,         # the text to show
-    marked,            # [(start, end, label)]: offsets in characters; they may overlap
+    marked,            # [(start, end, label)], in characters; may overlap or be empty
     title: str = "",   # the finding, as a sentence
 ) -> Display:
     """The text with parts marked and named, one colour a label."""
     marked = sorted((int(a), int(b), str(c)) for a, b, c in marked)
     for a, b, label in marked:
-        if not 0 <= a < b <= len(text):
+        if not 0 <= a <= b <= len(text):
             raise ValueError(f"span {label!r} is {a}:{b}, but the text has "
                              f"{len(text)} characters")
     order = list(dict.fromkeys(label for *_, label in marked))
     cuts = sorted({0, len(text), *(end for span in marked for end in span[:2])})
     out = ""
-    for a, b in zip(cuts, cuts[1:]):
+    for a, b in zip([0, *cuts], cuts):
         piece = html.escape(text[a:b]).replace("\n", "<br>")
         over = [label for start, end, label in marked if start <= a and b <= end]
-        if over:
+        if over and piece:
             color = list(PALETTE.values())[order.index(over[-1]) % len(PALETTE)]
             look = f"background:{color}33;border-bottom:2px solid {color};color:inherit"
             piece = f'<mark style="{look};padding:.1em 0">{piece}</mark>'
-        ends = ", ".join(label for _, end, label in marked if end == b)
         out += piece
-        if ends:
+        ends = ["‸" * (start == end) + c for start, end, c in marked if end == b]
+        if ends and (piece or not b):
             out += ('&hairsp;<small style="font-size:.7em;vertical-align:sub">'
-                    f"{html.escape(ends)}</small>")
+                    f"{html.escape(', '.join(ends))}</small>")
     return Display(f'<p style="line-height:2.1;margin:0">{out}</p>', title)
 
 # %% ../nbs/00a_figures.ipynb #cb320c01

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import hostile_checkpoints as hostile  # noqa: E402
 import reliability_checkpoints as trials  # noqa: E402
 
 from gptbook import checkpoints as ck  # noqa: E402
@@ -132,7 +133,7 @@ def test_compiled_wrapper_adds_nothing_to_the_names(tmp_path):
 
 
 def test_tokenizer_travels(tmp_path):
-    tokenizer = trials.byte_tokenizer()
+    tokenizer = hostile.byte_tokenizer()
     model = model_of(vocab_size=300)
     found = load_model(save_model(tmp_path / "m.safetensors", model, tokenizer)).tokenizer
     text = "Once upon a time: ünïcode \U0001f600\x00"
@@ -230,7 +231,7 @@ def test_refuses_to_save_what_could_not_be_loaded(tmp_path):
         save_model(path, model_of(), note=object())
     with pytest.raises(CheckpointError, match="JSON is too large"):
         save_model(path, model_of(), note=[[]] * 200_000)
-    with pytest.raises(ValueError, match=r"ending \.safetensors"):
+    with pytest.raises(ValueError, match=r"must end in \.safetensors"):
         save_model(tmp_path / "m.pt", model_of())
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["m.safetensors"]
 
@@ -279,7 +280,7 @@ def test_load_tensors(tmp_path):
 # ---------------------------------------------------------------- .pt
 
 def test_pt_there_and_back(tmp_path):
-    model, tokenizer = model_of(vocab_size=300), trials.byte_tokenizer()
+    model, tokenizer = model_of(vocab_size=300), hostile.byte_tokenizer()
     path = save_model(tmp_path / "m.safetensors", model, tokenizer, epoch=2, step=9)
     pt = export_pt(path)
     assert pt == tmp_path / "m.pt" and not list(tmp_path.glob(".*"))
@@ -343,7 +344,7 @@ def test_load_demo(tmp_path):
         with pytest.raises(CheckpointError, match="stories.safetensors"):
             load_demo()
         path = tmp_path / "models" / "stories.safetensors"
-        save_model(path, model_of(vocab_size=300), trials.byte_tokenizer(),
+        save_model(path, model_of(vocab_size=300), hostile.byte_tokenizer(),
                    dtype=torch.bfloat16)
         model, tokenizer = load_demo()
     assert model(IDS).shape == (1, 16, 300) and tokenizer.n_vocab == 257
@@ -631,7 +632,7 @@ def test_r3_can_fail(tmp_path):
 
 
 def test_every_flipped_bit_of_the_weights_is_found(tmp_path):
-    path = save_model(tmp_path / "m.safetensors", trials.tiny_model())
+    path = save_model(tmp_path / "m.safetensors", hostile.tiny_model())
     raw = bytearray(path.read_bytes())
     for at in range(len(raw) - 200, len(raw)):
         raw[at] ^= 1
@@ -642,7 +643,7 @@ def test_every_flipped_bit_of_the_weights_is_found(tmp_path):
 
 
 def test_pt_mutations_never_give_other_weights(tmp_path):
-    model = trials.tiny_model()
+    model = hostile.tiny_model()
     path = export_pt(save_model(tmp_path / "m.safetensors", model))
     raw, rng = path.read_bytes(), random.Random(0)
     for _ in range(100):

@@ -182,7 +182,7 @@ def test_lines_has_one_pair_of_axes_and_its_data():
         assert np.allclose(line.get_ydata(), values)
 
 
-@given(st.lists(st.floats(-10, 10), min_size=2, max_size=6))
+@given(st.lists(st.integers(-50, 50).map(lambda n: n / 5), min_size=2, max_size=6))
 @settings(max_examples=6, deadline=None)
 def test_labels_at_line_ends_do_not_touch(ends):
     drawing = lines([0, 1], {str(i): [0, y] for i, y in enumerate(ends)}, title="T")
@@ -193,6 +193,15 @@ def test_labels_at_line_ends_do_not_touch(ends):
     heights = [drawing.ax.texts[i].get_window_extent().y0 for i in order]
     assert all(b > a for a, b in zip(heights, heights[1:])
                ) or len(set(ends)) < len(ends)               # in the order of the lines
+
+
+@pytest.mark.parametrize("log", ["", "y"])
+def test_a_reference_far_from_the_lines_is_shown(log):
+    drawing = lines([1, 2], {"a": [8, 9]}, title="T", reference={"best": 0.5}, log=log,
+                    vertical={"here": 3})
+    (low, high), (left, right) = drawing.ax.get_ylim(), drawing.ax.get_xlim()
+    assert low <= 0.5 < 9 <= high and left <= 1 < 3 <= right
+    assert lines([1], {"a": [8]}, title="T", ylim=(0, 5)).ax.get_ylim() == (0, 5)
 
 
 @pytest.mark.parametrize("log", ["x", "y", "xy"])
@@ -269,6 +278,7 @@ def test_odd_values_give_a_picture_or_a_value_error(name, value):
     (lambda: grid([np.ones((2, 2))], titles=["a", "b"]), "2 titles for 1"),
     (lambda: bars({}, title="T"), "values is empty"),
     (lambda: spans("abc", [(1, 9, "x")]), "1:9.*3 characters"),
+    (lambda: spans("abc", [(2, 1, "x")]), "2:1.*3 characters"),
     (lambda: word_bars(["a"], [1, 2]), "1 words"),
     (lambda: boxes([["a", "b"]], [("a", "c")]), "'c'.*'a', 'b'"),
     (lambda: boxes([["a", "a"]]), "two boxes"),
@@ -297,7 +307,7 @@ def test_spans_keep_every_character(text, data):
     text = text.replace("\r", "")
     places = st.tuples(st.integers(0, len(text)), st.integers(0, len(text)), st.text("ab<"))
     marked = [(min(a, b), max(a, b), c) for a, b, c in
-              data.draw(st.lists(places, max_size=4)) if a != b]
+              data.draw(st.lists(places, max_size=4))]
     shown = spans(text, marked).body
     plain = re.sub(r"&hairsp;<small.*?</small>", "", shown, flags=re.S)
     plain = re.sub(r"<[^>]*>", "", plain.replace("<br>", "\n"))
@@ -305,6 +315,9 @@ def test_spans_keep_every_character(text, data):
     marks = re.findall(r"<mark[^>]*>(.*?)</mark>", shown, re.S)
     covered = sum(any(a <= i < b for a, b, _ in marked) for i in range(len(text)))
     assert sum(len(html.unescape(m.replace("<br>", "\n"))) for m in marks) == covered
+    names = re.findall(r"<small[^>]*>(.*?)</small>", shown)
+    assert sorted(html.unescape(", ".join(names)).replace("‸", "").split(", ")) == sorted(
+        c for *_, c in marked or [("",)])
 
 
 @given(st.lists(st.tuples(st.text(), st.floats(0, 1e6)), min_size=1, max_size=8))

@@ -239,7 +239,9 @@ def public_functions():
                       and getattr(n.targets[0], "id", "") == "__all__"), [])
         lines = text.split("\n")
         for node in tree.body:
-            if isinstance(node, ast.FunctionDef) and node.name in names:
+            command = any(re.search(r"\b(command|group)\(", ast.unparse(d))
+                          for d in getattr(node, "decorator_list", ()))
+            if isinstance(node, ast.FunctionDef) and node.name in names and not command:
                 comments = {a.arg: lines[a.lineno - 1].partition("  #")[2].strip()
                             for a in node.args.args if a.lineno != node.lineno}
                 yield path.stem, node.name, comments

@@ -71,7 +71,7 @@ def read_notebook(
             tag(cell, found, module)
         cells.append(cell)
     notebook.cells = cells
-    notebook.metadata.language_info = {"name": "python", "pygments_lexer": "python3"}
+    notebook.metadata.language_info = {"name": "python", "pygments_lexer": "ipython3"}
     return notebook
 
 
@@ -166,10 +166,17 @@ def constants(module: str, names: list[str]) -> str:
     return "\n".join(out)
 
 
+def is_command(node: ast.AST) -> bool:
+    """Whether click made a command of this function."""
+    return any(re.search(r"\b(command|group)\(", ast.unparse(d)) for d in node.decorator_list)
+
+
 def documented(module: str, names: list[str]) -> list[str]:
-    """Those names that have an entry in the reference: all but constants without comment."""
+    """The names that have an entry: all but constants without comment, and the commands of
+    the command line, which are no functions any more and explain themselves by `--help`."""
     tree = ast.parse((ROOT / "gptbook" / f"{module}.py").read_text(encoding="utf-8"))
-    defined = {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    defined = {node.name for node in tree.body
+               if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not is_command(node)}
     explained = re.findall(r"py:data:: (\w+)", constants(module, names))
     return [name for name in names if name in defined or name in explained]
 
