@@ -507,8 +507,8 @@ def report_r3(count: int, every: bool) -> dict:
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         by_hand = list(crafted_trials(Path(folder), deep=every))
     bad = [(a.name, a.verdict) for a in mutated + by_hand if a.verdict != "ok"]
-    return dict(mutations=len(mutated), crafted=len(by_hand), refused=len(mutated)
-                + len(by_hand) - len(bad), failures=bad,
+    counts = dict(mutations=len(mutated), crafted=len(by_hand))
+    return dict(counts=counts, refused=sum(counts.values()) - len(bad), failures=bad,
                 slowest_seconds=round(max(a.seconds for a in mutated + by_hand), 3),
                 most_memory_over_limit=max(
                     a.memory - 2 * a.size - (16 << 20) for a in mutated + by_hand))
@@ -520,9 +520,10 @@ def main() -> None:
     quick = parser.parse_args().quick
     r2, r3 = report_r2(), report_r3(300 if quick else 4000, not quick)
     print(f"R2  {r2['faults']} faults and {r2['power_cuts']} power cuts: {r2['lost']} lost")
-    total = r3["mutations"] + r3["crafted"]
-    print(f"R3  {r3['refused']}/{total} hostile checkpoints refused ({r3['mutations']} "
-          f"mutated, {r3['crafted']} crafted), slowest {r3['slowest_seconds']} s")
+    counts = r3["counts"]
+    print(f"R3  {r3['refused']}/{sum(counts.values())} hostile checkpoints refused "
+          f"({counts['mutations']} mutated, {counts['crafted']} crafted), "
+          f"slowest {r3['slowest_seconds']} s")
     for name, verdict in r3["failures"]:
         print(f"    {name}: {verdict}")
     if not quick:

@@ -290,6 +290,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'gptbook.generation.prefill': ('generation.html#prefill', 'gptbook/generation.py'),
                                     'gptbook.generation.row_seeds': ('generation.html#row_seeds', 'gptbook/generation.py'),
                                     'gptbook.generation.sample': ('generation.html#sample', 'gptbook/generation.py'),
+                                    'gptbook.generation.sampling_view': ('generation.html#sampling_view', 'gptbook/generation.py'),
                                     'gptbook.generation.shortlist': ('generation.html#shortlist', 'gptbook/generation.py'),
                                     'gptbook.generation.temperature_sampling': ( 'generation.html#temperature_sampling',
                                                                                  'gptbook/generation.py'),

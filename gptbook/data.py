@@ -60,7 +60,7 @@ def pattern_named(
         raise ValueError(f"unknown pattern {name!r:.60}; known: {known}")
     return regex.compile(PATTERNS[name])
 
-# %% ../nbs/00b_data.ipynb #9f60050c
+# %% ../nbs/00b_data.ipynb #813600be
 def valid_parts(
     text: str | bytes,
 ) -> list[str]:  # even places: valid text; odd places: one stray byte each
@@ -86,7 +86,7 @@ def split_pieces(
     text: str | bytes,
     pattern: str = "gpt2",  # a key of PATTERNS
 ) -> Iterator[bytes]:
-    """Cut text into the pieces inside which merges happen; joined, they are the text."""
+    """Cut text into the pieces that merges stay inside; joined, they are the text."""
     find = pattern_named(pattern).finditer
     for i, part in enumerate(valid_parts(text)):
         if i % 2:
@@ -151,12 +151,12 @@ class PairIndex:
         del self.counts[pair]
         return arisen - {None}
 
-# %% ../nbs/00b_data.ipynb #62be7354
+# %% ../nbs/00b_data.ipynb #171ebe22
 def learn_merges(
     pieces: Counter,  # piece (bytes) -> count
     n_merges: int,
 ) -> list[tuple[int, int]]:  # merge k joins two ids into the new id 256 + k
-    """Byte-pair encoding in time proportional to the distinct pieces, not to the merges.
+    """Byte-pair encoding in time proportional to the text, not to the merges.
 
     Ties go to the pair of lower ids; a pair that occurs once is never joined."""
     index = PairIndex(pieces)
@@ -177,7 +177,7 @@ def learn_merges(
         merges.append(pair)
     return merges
 
-# %% ../nbs/00b_data.ipynb #838c362c
+# %% ../nbs/00b_data.ipynb #cdacc97e
 def merge_by_rank(
     piece: bytes,
     ranks: dict,  # bytes -> id; a lower id joins first
@@ -199,7 +199,7 @@ def encode_naive(
     tokenizer: "Vocabulary",
     text: str | bytes,
 ) -> list[int]:
-    """Text to ids as the definition reads; `Tokenizer.encode` gives the same, faster."""
+    """Text to ids as the definition reads; `Tokenizer.encode` gives the same."""
     pieces = split_pieces(text, tokenizer.pattern)
     return [i for piece in pieces for i in merge_by_rank(piece, tokenizer.ranks)]
 
@@ -279,13 +279,13 @@ def check_vocabulary(v: Vocabulary) -> None:
     missing = [b for b in range(256) if bytes([b]) not in v.ranks]
     require(not missing, f"{len(missing)} of the 256 bytes are no token: {missing[:3]}")
 
-# %% ../nbs/00b_data.ipynb #76fbacac
+# %% ../nbs/00b_data.ipynb #041dcac3
 def vocabulary_fields(content: dict) -> dict:  # the arguments of Vocabulary
     """Read the output of `to_dict`, trusting none of it."""
     fields = {"name": str, "pattern": str, "tokens": list, "special_tokens": dict}
     require(type(content) is dict and set(content) == set(fields)
             and all(type(content[name]) is kind for name, kind in fields.items()),
-            "a tokenizer has a name, a pattern, tokens (list) and special_tokens (dict)")
+            "a tokenizer has a name, a pattern, a list tokens, a dict special_tokens")
     ranks = {}
     for i, token in enumerate(content["tokens"]):
         if token is not None:
@@ -299,7 +299,7 @@ def vocabulary_fields(content: dict) -> dict:  # the arguments of Vocabulary
     return dict(name=content["name"], ranks=ranks, pattern=content["pattern"],
                 special_tokens=dict(content["special_tokens"]))
 
-# %% ../nbs/00b_data.ipynb #db13f4d2
+# %% ../nbs/00b_data.ipynb #b8161819
 class Tokenizer(Vocabulary):
     """A vocabulary that encodes and decodes, run by tiktoken."""
 
@@ -317,13 +317,13 @@ class Tokenizer(Vocabulary):
     ) -> list[int]:
         """Text to ids. A special token in it is ordinary text unless allowed."""
         ids, allowed = [], "all" if allow_special else set()
-        run = partial(self.encoding.encode, allowed_special=allowed, disallowed_special=())
+        encode = partial(self.encoding.encode, disallowed_special=())
         for i, part in enumerate(valid_parts(text)):
             if i % 2:
                 ids.append(self.ranks[part.encode("utf-8", "surrogateescape")])
             else:
                 for calm in without_long_runs(part, self.pattern):
-                    ids += run(calm)
+                    ids += encode(calm, allowed_special=allowed)
         return ids
 
     def encode_batch(self, texts: Iterable, allow_special: bool = False) -> list:
@@ -332,7 +332,7 @@ class Tokenizer(Vocabulary):
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Ids to the exact bytes. Raises `ValueError` for an id that is none."""
-        ids = [int(i) for i in (ids.tolist() if hasattr(ids, "tolist") else ids)]
+        ids = list(map(int, ids))
         wrong = [i for i in ids if not 0 <= i < self.n_vocab]
         require(not wrong, f"id {wrong[:1]} is not in a vocabulary of {self.n_vocab}")
         return self.encoding.decode_bytes(ids)
@@ -390,12 +390,12 @@ def train_bpe(
     last = {text: len(ranks) + i for i, text in enumerate(special)}
     return Tokenizer(name, ranks, last, pattern)
 
-# %% ../nbs/00b_data.ipynb #dbf31479
+# %% ../nbs/00b_data.ipynb #8bb18f55
 GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 
 
 def gpt2_alphabet() -> dict[str, int]:  # character -> byte, in the order of the ids
-    """GPT-2 writes each byte as one visible character, and numbers the visible first."""
+    """GPT-2 writes a byte as one visible character, and numbers the visible first."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in visible]
     return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(rest)}
@@ -476,7 +476,7 @@ def check_split(
             f"unknown split {split!r:.40}: it is 'train' or 'validation'")
     return split
 
-# %% ../nbs/00b_data.ipynb #b8a91291
+# %% ../nbs/00b_data.ipynb #9c1e80a7
 CHUNK = 2**18  # characters that are read at a time
 BOMS = {  # byte-order marks, with which a file names its encoding; the longest first
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
@@ -492,8 +492,8 @@ def text_file(
 ) -> Corpus:
     """Your own text, streamed, so that the file may be larger than memory.
 
-    Line ends stay as they are. Raises `DataError`, which says what to do, if the file is
-    missing, empty, binary or in another encoding."""
+    Line ends stay as they are. Raises `DataError`, which says what to do, if the file
+    is missing, empty, binary or in another encoding."""
     require(type(validation) in (int, float) and 0 <= validation < 1,
             f"validation={validation!r} is outside [0, 1)")
     path = Path(path)
@@ -524,7 +524,7 @@ def file_encoding(path: Path, encoding: str) -> str:
     marked = (name for bom, name in BOMS.items() if start.startswith(bom))
     return next(marked, known) if known == "utf-8" else known
 
-# %% ../nbs/00b_data.ipynb #f5cbd96a
+# %% ../nbs/00b_data.ipynb #05135c14
 def read_chunks(path: Path, encoding: str) -> Iterator[str]:
     """The text of a file, `CHUNK` characters at a time, without a byte-order mark."""
     done = 0
@@ -532,14 +532,14 @@ def read_chunks(path: Path, encoding: str) -> Iterator[str]:
         with open(path, encoding=encoding, newline="") as f:
             while chunk := f.read(CHUNK):
                 if "\0" in chunk:
-                    raise DataError(f"{path} looks binary: character "
-                                    f"{done + chunk.index(chr(0))} is NUL. If it is text, "
-                                    "name its encoding, such as encoding='utf-16'")
+                    place = done + chunk.index("\0")
+                    raise DataError(f"{path} looks binary: character {place} is NUL. If it "
+                                    "is text, name its encoding: encoding='utf-16'")
                 yield chunk if done else chunk.removeprefix("\ufeff")
                 done += len(chunk)
     except UnicodeError as error:
         raise DataError(f"{path} is not {encoding} text, after character {done} "
-                        f"({error!s:.80}). If it is text, name its encoding, such as "
+                        f"({error!s:.80}). If it is text, name its encoding: "
                         "encoding='latin-1'") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
@@ -565,7 +565,7 @@ def file_part(
     if stamp != (path.stat().st_size, path.stat().st_mtime_ns):
         raise DataError(f"{path} changed while it was in use: call text_file again")
 
-# %% ../nbs/00b_data.ipynb #e2c38dd7
+# %% ../nbs/00b_data.ipynb #8c73c2b4
 def python_stdlib(
     max_bytes: int = 10_000_000,  # take files as long as they fit
     validation: float = 0.1,  # share of the files, each on one side only
@@ -589,7 +589,7 @@ def python_stdlib(
     if not files["train"]:
         raise DataError(f"no Python source within {max_bytes} bytes under {root}: "
                         "raise max_bytes, or use text_file")
-    return Corpus("python_stdlib", partial(listed, files), separator_is_end_of_text=True)
+    return Corpus("python_stdlib", partial(listed, files), True)
 
 
 def source_files(root: Path) -> Iterator[str]:
@@ -607,7 +607,7 @@ def listed(files: dict, split: str) -> Iterator[str]:
     """The documents of a split, from a dict of lists."""
     return iter(files[check_split(split)])
 
-# %% ../nbs/00b_data.ipynb #180a6669
+# %% ../nbs/00b_data.ipynb #9de3f9ca
 SHAKESPEARE_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
                    "tinyshakespeare/input.txt")
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -618,7 +618,7 @@ def shakespeare(
 ) -> Corpus:
     """Tinyshakespeare, 1.1 MB of plays: downloaded once, checked, and kept.
 
-    Raises `DataError` without a network: it names the file, its source and its place."""
+    Without a network, `DataError` names the file, its source and its place."""
     path = Path(folder or cache_folder(), "tinyshakespeare.txt")
     if not path.exists():
         download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256, limit=2**21)
@@ -701,7 +701,7 @@ def tokenize(
             bar.update(len(text))
     return np.frombuffer(ids, dtype=ids.typecode) if ids else np.empty(0, ids.typecode)
 
-# %% ../nbs/00b_data.ipynb #5596a347
+# %% ../nbs/00b_data.ipynb #a9a1e444
 class Windows:
     """Ids cut into windows in order: each id but the first is a target once."""
 
@@ -720,8 +720,8 @@ class Windows:
                     f"batch_size={batch_size!r} must be whole numbers >= 1")
         if document_end is None and self.n_tokens <= context_length:
             if not shrink:
-                raise DataError(f"{self.n_tokens} tokens are too few for context_length="
-                                f"{context_length}, which needs {context_length + 1}: "
+                raise DataError(f"{self.n_tokens} tokens are too few for context_length"
+                                f"={context_length}, which needs {context_length + 1}: "
                                 "shorten the context, or give more text")
             context_length = self.n_tokens - 1
         self.context_length, self.batch_size = context_length, batch_size
@@ -748,13 +748,13 @@ class Windows:
         targets = np.where(asked, ids[:, 1:], -100)
         return torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(targets)
 
-# %% ../nbs/00b_data.ipynb #a6eb87cb
+# %% ../nbs/00b_data.ipynb #f47dfb75
 def check_ids(ids) -> np.ndarray:  # (n,)
     """Raise `DataError` unless it is a row of two or more ids."""
     ids = np.asarray(ids)
     if ids.ndim != 1 or len(ids) < 2:
-        raise DataError(f"ids have shape {ids.shape}: give a row of 2 or more; the text "
-                        "is too short")
+        raise DataError(f"ids have shape {ids.shape}, not a row of 2 or more: the text is "
+                        "too short, give more")
     if ids.dtype.kind not in "iu" or ids.dtype.kind == "i" and ids.min() < 0:
         raise DataError(f"ids of type {ids.dtype} must be whole numbers >= 0")
     return ids

@@ -412,13 +412,14 @@ def spans(
                     f"{html.escape(', '.join(ends))}</small>")
     return Display(f'<p style="line-height:2.1;margin:0">{out}</p>', title)
 
-# %% ../nbs/00a_figures.ipynb #cb320c01
+# %% ../nbs/00a_figures.ipynb #daeb78be
 def word_bars(
-    words,              # the words or tokens, in order
-    values,             # one number >= 0 a word
-    title: str = "",    # the finding, as a sentence
-    unit: str = "",     # of the numbers
-    form: str = ".1f",  # format of the numbers
+    words,               # the words or tokens, in order
+    values,              # one number >= 0 a word
+    title: str = "",     # the finding, as a sentence
+    unit: str = "",      # of the numbers
+    form: str = ".1f",   # format of the numbers
+    vmax: float = None,  # the value of a full bar; default: the largest
 ) -> Display:
     """A text with a bar and a number under each word: surprisal, loss, probability."""
     words, values = [str(w) for w in words], _numbers(values, "values")
@@ -428,11 +429,11 @@ def word_bars(
         raise ValueError("values must be finite and at least 0")
     cell = "display:inline-block;vertical-align:top;text-align:center;margin:.2em .18em"
     bar = f"display:block;min-width:1.9em;background:{HEAT['plus']};height:"
-    out = ""
+    out, top = "", vmax or values.max() or 1
     for word, value in zip(words, values):
         shown = html.escape(word.replace("\n", "↵").strip() or "␣")
         out += (f'<span style="{cell}">{shown}<i style="{bar}'
-                f'{2.6 * value / (values.max() or 1):.2f}em"></i>'
+                f'{2.6 * min(1, value / top):.2f}em"></i>'
                 f"<small>{value:{form}}</small></span>")
     note = f"<small>Under each word: {html.escape(unit)}.</small>" if unit else ""
     return Display(f"<div>{out}</div>{note}", title)

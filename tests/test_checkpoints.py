@@ -570,11 +570,13 @@ def test_interrupted_by_the_user(tmp_path):
 def test_leftovers_of_the_dead_go_and_of_the_living_stay(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
-    mine = [f".m.safetensors.{dead.pid}.partial", f".save_000001_step_1.{dead.pid}.partial"]
+    mine = [f".m.safetensors.{dead.pid}-0.partial", f".save_000001_step_1.{dead.pid}-12.partial",
+            f".m.safetensors.{os.getpid()}-999999.partial"]  # an earlier process of our number
     (tmp_path / mine[0]).write_text("half")
+    (tmp_path / mine[2]).write_text("half")
     (tmp_path / mine[1]).mkdir()
     (tmp_path / mine[1] / "state.json").write_text("half")
-    others = [f".m.safetensors.{os.getppid()}.partial", ".notes.partial", ".gitignore"]
+    others = [f".m.safetensors.{os.getppid()}-0.partial", ".notes.partial", ".gitignore"]
     for name in others:
         (tmp_path / name).write_text("not ours")
     assert clear_leftovers(tmp_path) == sorted(mine)
@@ -583,6 +585,16 @@ def test_leftovers_of_the_dead_go_and_of_the_living_stay(tmp_path):
     atomic_write(tmp_path / "x", b"1")  # a save clears them by itself
     assert sorted(os.listdir(tmp_path)) == sorted([*others, "x"])
     assert clear_leftovers(tmp_path / "nowhere") == []
+
+
+def test_threads_that_save_to_one_path_do_not_mix(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+    contents = [bytes([i]) * 50_000 for i in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            list(pool.map(lambda content: atomic_write(tmp_path / "x", content), contents))
+            assert (tmp_path / "x").read_bytes() in contents
+    assert os.listdir(tmp_path) == ["x"]
 
 
 def test_a_folder_that_cannot_be_synced_is_a_warning(tmp_path):

@@ -594,16 +594,6 @@ def test_identity_of_a_corpus(tmp_path):
     assert "lambda" not in repr(pair[0])
 
 
-def test_the_development_copy_of_shakespeare():
-    path = Path("/work/shared/data/tinyshakespeare.txt")
-    if not path.exists():
-        pytest.skip("no development copy here")
-    corpus = text_file(path)
-    text = path.read_text()
-    assert corpus.text("train") == text[: int(len(text) * 0.9)]
-    assert corpus.text("train") + corpus.text("validation") == text
-
-
 @covers(python_stdlib, listed, source_files)
 @given(st.integers(20_000, 400_000), st.sampled_from([0.05, 0.1, 0.5]))
 @settings(max_examples=5, deadline=None, derandomize=True)

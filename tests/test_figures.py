@@ -331,6 +331,11 @@ def test_word_bars_show_each_word_with_its_number(pairs):
     assert all(abs(t - 2.6 * v / top) < 0.006 for t, v in zip(tall, values))
 
 
+def test_two_strips_of_word_bars_can_share_a_scale():
+    assert "height:1.30em" in word_bars(["a"], [1], vmax=2).body
+    assert "height:2.60em" in word_bars(["a"], [3], vmax=2).body
+
+
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
 
 
