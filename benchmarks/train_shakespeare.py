@@ -47,8 +47,8 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         out, started = Path(folder) / "run", time.perf_counter()
-        subprocess.run([sys.executable, "-m", "gptbook.cli", "train", "--data", str(args.data),
-                        "--minutes", str(args.minutes), "--out", str(out)], check=True)
+        call = [str(Path(sys.executable).with_name("gptbook")), "train", "--data", str(args.data)]
+        subprocess.run([*call, "--minutes", str(args.minutes), "--out", str(out)], check=True)
         wall = time.perf_counter() - started
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         loaded = load_model(out / "best_model.safetensors")

@@ -34,7 +34,7 @@ UNSEEN = 977  # a seed that no run trains on
 def run_default(out: Path) -> dict:
     """Seconds and peak memory of `gptbook train --out OUT`."""
     started = time.perf_counter()
-    call = [sys.executable, "-m", "gptbook.cli", "train", "--out", str(out)]
+    call = [str(Path(sys.executable).with_name("gptbook")), "train", "--out", str(out)]
     subprocess.run(call, check=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return {"seconds": round(time.perf_counter() - started, 1),

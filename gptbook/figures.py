@@ -48,14 +48,15 @@ STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "gptbook",
 }
 
-# %% ../nbs/00a_figures.ipynb #3e095287
+# %% ../nbs/00a_figures.ipynb #5d738135
 CSS = (
     "html[data-theme=dark] .bd-content div.cell_output "
     ":is(.text_html:has(>.gb),.gb img){background:none!important;"
     "color:inherit!important;padding:0!important;filter:none!important}"
     ".gb{overflow-x:auto;margin:.4em 0;line-height:1.4}"
-    ".gb svg,.gb>img{display:block;width:100%;max-width:45rem;min-width:30rem;"
-    "height:auto}.gb .x text{fill:currentColor;stroke:none}.gb .n{font-weight:600}"
+    ".gb svg,.gb>img{display:block;width:100%;max-width:45rem;min-width:22rem;"
+    "height:auto}.gb .x{min-width:30rem}.gb .n{font-weight:600}"
+    ".gb .x text{fill:currentColor;stroke:none}"
     ".gb b.t{display:block;margin:.2em 0 .6em}.gb small{opacity:.85}"
 )
 

@@ -128,7 +128,7 @@ def make_view(where: Positions, before: Filled, after: Filled, size: int) -> Vie
     keys = torch.cat([part.expand(rows, -1) for part in parts], dim=1)
     return View(Positions(keys), size, copy=True)
 
-# %% ../nbs/02_inference.ipynb #9710caad
+# %% ../nbs/02_inference.ipynb #15860e98
 @dataclass
 class Step:
     """A step between `begin` and `commit`."""
@@ -137,7 +137,7 @@ class Step:
     after: Filled  # what will be true after `commit`
     shape: tuple[int, int]  # (B, T)
     plans: dict = field(default_factory=dict)  # size -> where to write, what to read
-    buffers: dict = field(default_factory=dict)  # layer -> (keys, values) after the step
+    buffers: dict = field(default_factory=dict)  # layer -> (keys, values) after it
 
 
 class CacheRows:
@@ -164,7 +164,8 @@ class CacheRows:
     @property
     def length(self) -> int | Tensor:
         """Tokens held: an int while all rows agree, else (B,)."""
-        return self._filled.length if self._filled.rows is None else self._filled.rows[0]
+        filled = self._filled
+        return filled.length if filled.rows is None else filled.rows[0]
 
     @property
     def batch(self) -> int | None:
@@ -183,7 +184,7 @@ def capacity(model: GPTModel, asked: int | None, unlimited: bool) -> int | None:
                          f"the model knows {limit or 'any number of'} positions")
     return asked
 
-# %% ../nbs/02_inference.ipynb #9e351613
+# %% ../nbs/02_inference.ipynb #59712821
 class AppendCache(CacheRows):
     """A cache that each step extends: `begin`, `update` in each layer, `commit`."""
 
@@ -204,8 +205,9 @@ class AppendCache(CacheRows):
         self._step = Step(where, after, (B, T))
         return where
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Positions]:
-        """Add a layer's keys and values (B, K, T, D); returns all that it may see."""
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple:
+        """Add keys and values (B, K, T, D) of a layer; keys, values and `Positions`
+        of all that it may see."""
         held, step = hold(self, layer, k, v), self._step
         if (size := self.sizes[layer]) not in step.plans:
             state = step.where, self._filled, step.after, size
@@ -227,12 +229,12 @@ class AppendCache(CacheRows):
         buffers = [step.buffers[layer] for layer in range(n_layers)]
         self.buffers, self._filled, self._step = buffers, step.after, None
 
-# %% ../nbs/02_inference.ipynb #c941b69e
+# %% ../nbs/02_inference.ipynb #7739b9bd
 def spread(positions: Tensor, B: int, T: int) -> Tensor:  # (B, T)
     """Positions for all rows. Raises `ValueError` if they do not fit."""
     index = positions if positions.dim() == 2 else positions[None]
     if index.dtype != torch.long or index.shape not in ((1, T), (B, T)):
-        raise ValueError(f"positions are {tuple(positions.shape)} of {positions.dtype}, "
+        raise ValueError(f"positions are {tuple(positions.shape)}, {positions.dtype}: "
                          f"expected whole numbers for {B} rows of {T} tokens")
     return index.expand(B, T)
 
@@ -250,11 +252,11 @@ def hold(cache: CacheRows, layer: int, k: Tensor, v: Tensor) -> Sequence[Tensor]
     for buffer, x in zip(held, (k, v)):
         due = (B, buffer.shape[1], T, buffer.shape[3]), buffer.dtype
         if (tuple(x.shape), x.dtype) != due:
-            raise ValueError(f"layer {layer} holds {due}, got {tuple(x.shape), x.dtype}: "
-                             "another model, batch or dtype")
+            raise ValueError(f"layer {layer} expects {due}, got {tuple(x.shape)}, "
+                             f"{x.dtype}: another model, batch or dtype")
     return held
 
-# %% ../nbs/02_inference.ipynb #050e11ba
+# %% ../nbs/02_inference.ipynb #71dfdd39
 class KVCache(AppendCache):
     """Keys and values of the past: the `cache` argument of `GPTModel.forward`.
 
@@ -266,32 +268,32 @@ class KVCache(AppendCache):
         Raises `ValueError` if a ring has already overwritten what would be needed."""
         asked = torch.as_tensor(length, device=self.device)
         old, reach = per_row(self._filled, self.batch or 1, self.device)
-        if asked.shape not in ((), old.shape) or asked.dtype != torch.long or (asked < 0).any():
+        fits = asked.shape in ((), old.shape) and asked.dtype == torch.long
+        if not fits or (asked < 0).any():
             raise ValueError(f"length={length} must be a whole number >= 0, or "
                              f"{len(old)} of them")
         keep, wrapped = torch.minimum(old, asked), reach > min(self.sizes)
         if (wrapped & (keep > 0) & (reach - keep > self.spare)).any():
-            raise ValueError(f"cannot go back from {reach.tolist()} to {keep.tolist()}: "
-                             f"the rings of this cache have spare={self.spare}")
-        self._step = None
-        self._filled = settle(keep, torch.where(wrapped & (keep > 0), reach, keep))
+            raise ValueError(f"cannot go back from {reach.tolist()} to {keep.tolist()} "
+                             f"tokens: the rings of this cache have spare={self.spare}")
+        reach = torch.where(wrapped & (keep > 0), reach, keep)
+        self._filled, self._step = settle(keep, reach), None
 
     @torch.inference_mode(False)
     def reorder(self, rows: Sequence[int] | Tensor) -> None:
         """Let row i go on as the old row `rows[i]`; rows may repeat or vanish."""
         rows = torch.as_tensor(rows, dtype=torch.long, device=self.device)
-        state = per_row(self._filled, self.batch or 1, self.device)
-        if rows.dim() != 1 or not len(rows) or not 0 <= rows.min() <= rows.max() < state.shape[1]:
-            raise ValueError(f"rows {rows.tolist()} of a cache with {state.shape[1]} rows")
+        n = self.batch or 1
+        state = per_row(self._filled, n, self.device)
+        if rows.dim() != 1 or not len(rows) or rows.min() < 0 or rows.max() >= n:
+            raise ValueError(f"rows {rows.tolist()} of a cache with {n} rows")
         buffers = [held and [x[rows] for x in held] for held in self.buffers]
         self.buffers, self._filled, self._step = buffers, settle(*state[:, rows]), None
 
     def fork(self, n: int) -> "KVCache":
         """A new cache with each row n times, side by side; this one stays as it is."""
-        if n < 1:
-            raise ValueError(f"fork({n}): at least one copy")
         other = copy.copy(self)
-        other.reorder(torch.arange(self.batch or 1).repeat_interleave(n))
+        other.reorder([row for row in range(self.batch or 1) for _ in range(n)])
         return other
 
 
@@ -299,4 +301,5 @@ def per_row(filled: Filled, batch: int, device: torch.device) -> Tensor:  # (2, 
     """Length and reach of each row, as a tensor."""
     if filled.rows is not None:
         return filled.rows
-    return torch.tensor([[filled.length], [filled.reach]], device=device).expand(2, batch)
+    both = torch.tensor([[filled.length], [filled.reach]], device=device)
+    return both.expand(2, batch)

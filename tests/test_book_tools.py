@@ -1,5 +1,6 @@
 """The tools under book/: directives, docments in the reference, fresh outputs, no-op export."""
 
+import inspect
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "book"), str(ROOT / "book/_ext")]
 nbformat = pytest.importorskip("nbformat")
 pytest.importorskip("sphinx")
-from changed import changed_pages, tests_of  # noqa: E402
+import changed  # noqa: E402
 from fresh import same, text_of  # noqa: E402
 from gptbook_site import describe, directives, parameters, read_notebook, rst  # noqa: E402
 from same_export import differences  # noqa: E402
@@ -47,7 +48,7 @@ def test_other_comments_stay():
 def test_exported_cells_know_their_module_and_solutions_their_prompt():
     cells = read("#| default_exp core", "#| export\nx = 1", "#| solution\ny = 2")
     assert cells[0].metadata.gptbook_module == "core"
-    assert cells[1].metadata.mystnb.code_prompt_show == "Show solution"
+    assert cells[1].metadata.mystnb["code_prompt_show"] == "Show solution"
 
 
 def test_widgets_without_a_kernel_are_not_shown():
@@ -91,7 +92,7 @@ def test_trailing_comments_become_parameters():
 
 
 def test_docstrings_become_plain_rst():
-    lines = (example.__doc__ or "").split("\n")
+    lines = inspect.getdoc(example).split("\n")
     describe(None, "function", "example", example, {}, lines)
     assert lines[0] == r"Do a thing with x\_1 and \*args."
     assert "- one" in lines and "- two" in lines
@@ -154,8 +155,8 @@ def test_changed_pages_and_their_tests(tmp_path):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text("1")
     git("init", "-b", "main"), git("add", "."), git("commit", "-m", "one")
-    assert changed_pages(tmp_path) == []
+    assert changed.changed_pages(tmp_path) == []
     (tmp_path / "nbs/00_core.ipynb").write_text("2")
     (tmp_path / "nbs/01_new.ipynb").write_text("2")
-    assert changed_pages(tmp_path) == ["00_core", "01_new"]
-    assert tests_of(["00_core", "01_new"], tmp_path) == ["tests/test_core.py"]
+    assert changed.changed_pages(tmp_path) == ["00_core", "01_new"]
+    assert changed.tests_of(["00_core", "01_new"], tmp_path) == ["tests/test_core.py"]

@@ -398,7 +398,7 @@ def test_errors_leave_the_cache_as_it_was():
         (lambda: cache.reorder([0, 2]), "2 rows"),
         (lambda: cache.reorder([-1]), "-1"),
         (lambda: cache.reorder([]), "rows"),
-        (lambda: cache.fork(0), "0"),
+        (lambda: cache.fork(0), "rows"),
     ):
         raises_and_still_works(model, cache, call, match)
         cache.truncate(10)
@@ -494,10 +494,10 @@ def test_outputs_and_keys_equal_transformers(n_kv):
 def test_a_compiled_model_does_not_compile_each_length():
     from torch._dynamo.testing import CompileCounter
     torch._dynamo.reset()
-    model, ids, counter = make("learned"), tokens(2, 13), CompileCounter()
-    model.blocks = model.blocks[:2]
+    model, ids, counter = make("learned"), tokens(2, 12), CompileCounter()
+    model.blocks = model.blocks[:1]  # one block is enough, and compiles fast
     compiled, cache = torch.compile(model, backend=counter), KVCache(model)
-    parts = [compiled(part, cache=cache) for part in ids.split([8] + [1] * 5, dim=1)]
+    parts = [compiled(part, cache=cache) for part in ids.split([8] + [1] * 4, dim=1)]
     assert_same(torch.cat(parts, 1), model(ids))
     assert counter.frame_count <= 3
 

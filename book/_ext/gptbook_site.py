@@ -362,11 +362,18 @@ def repository_buttons(app, config):
             "https://colab.research.google.com"
 
 
+def no_edit_of_generated(app, pagename, templatename, context, doctree):
+    """The reference is written at build time: there is no file to edit."""
+    if pagename.startswith("book/api/"):
+        context["theme_use_edit_page_button"] = False
+
+
 def setup(app):
     write_api_pages()  # before the table of contents is read
     app.add_directive("module-table", ModuleTable)
     drop_thebe(app)
     app.connect("config-inited", repository_buttons)
+    app.connect("html-page-context", no_edit_of_generated, priority=400)
     app.connect("doctree-resolved", mark_exported)
     app.connect("autodoc-process-docstring", describe)
     app.connect("autodoc-skip-member", skip_fields)
