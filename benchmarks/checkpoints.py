@@ -66,10 +66,11 @@ def measure(sizes: tuple, folder: Path, repeats: int) -> dict:
         "torch.save, fsync": lambda: (torch.save(model.state_dict(), pt), synced(pt)),
         "safetensors save_file": lambda: safetensors.torch.save_file(state, theirs),
     }, repeats)
+    raw = ours.read_bytes()
     seconds |= median_of({
         "load": lambda: ck.load_model(ours), "torch.load": load_pt,
         "safetensors load_file": load_theirs,
-        "sha256": lambda: hashlib.sha256(ours.read_bytes()).hexdigest(),
+        "sha256": lambda: hashlib.sha256(raw).hexdigest(),
     }, repeats)
     return dict(parameters=sum(p.numel() for p in model.parameters()), seconds=seconds,
                 megabytes={"save": round(ours.stat().st_size / 1e6, 3),

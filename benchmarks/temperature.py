@@ -4,7 +4,8 @@
     python benchmarks/temperature.py --checkpoint runs/mine/best_model.safetensors
 
 A story passes if it ended by itself and the critic of the story world finds no mistake.
-"distinct" counts the different texts among them.
+Variety is the share of different four-word phrases among all (distinct-4, Li et al. 2016);
+as many stories of the grammar itself are the reference.
 """
 import argparse
 from pathlib import Path
@@ -14,7 +15,7 @@ from results_file import record
 
 from gptbook.checkpoints import load_demo, load_model
 from gptbook.generation import generate_text
-from gptbook.stories import check_story
+from gptbook.stories import check_story, stories
 
 TEMPERATURES = (0.0, 0.25, 0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.5)
 CUTS = (
@@ -23,14 +24,22 @@ CUTS = (
 )
 
 
+def distinct(texts, n=4):
+    """Share of different n-word phrases among all of them."""
+    words = [text.split() for text in texts]
+    phrases = [tuple(w[i : i + n]) for w in words for i in range(len(w) - n + 1)]
+    return len(set(phrases)) / max(1, len(phrases))
+
+
 def judge(model, tokenizer, n, seed, **settings):
-    """Shares of n stories: without a mistake, and different from the others."""
+    """What the critic and the phrase count say of n stories."""
     end = tokenizer.end_of_text
     room = model.max_positions or model.config.context_length
     rows = generate_text(model, [[end]] * n, room - 1, end_of_text=end, seed=seed, **settings)
     texts = [tokenizer.decode([i for i in row if i != end]) for row in rows]
     passed = [row[-1] == end and not check_story(text) for row, text in zip(rows, texts)]
-    return {**settings, "pass": sum(passed) / n, "distinct": len(set(texts)) / n,
+    return {**settings, "pass": sum(passed) / n, "distinct_4": distinct(texts),
+            "different": len(set(texts)) / n,
             "ended": sum(row[-1] == end for row in rows) / n,
             "tokens": sum(len(row) - 1 for row in rows) / n}
 
@@ -48,7 +57,14 @@ def main():
         model, tokenizer = loaded.model, loaded.tokenizer
     else:
         model, tokenizer = load_demo()
-    figures = {"stories": options.stories, "seed": options.seed}
+    corpus = stories(options.stories, seed=options.seed + 1_000)
+    told = list(corpus.documents("train"))[: options.stories]
+    figures = {
+        "stories": options.stories, "seed": options.seed,
+        "grammar": {"pass": sum(not check_story(t) for t in told) / len(told),
+                    "distinct_4": distinct(told)},
+    }
+    print(figures["grammar"], flush=True)
     for name, rows in (("temperature", [{"temperature": t} for t in TEMPERATURES]), ("cuts", CUTS)):
         figures[name] = []
         for settings in rows:

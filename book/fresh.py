@@ -86,6 +86,7 @@ def compare(page: str) -> list[str]:
     try:
         NotebookClient(notebook, timeout=900, kernel_name="python3",
                        skip_cells_with_tag="skip-execution",
+                       extra_arguments=["--IPKernelApp.log_level=ERROR"],
                        resources={"metadata": {"path": str(path.parent)}}).execute()
     except CellExecutionError as error:
         return [f"{page}: a cell failed\n{error}"]

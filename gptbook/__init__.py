@@ -1,1 +1,24 @@
+"""gptbook: everything around a small GPT, built from scratch, checked and measured.
+
+    import gptbook
+    model, tokenizer = gptbook.load_demo()
+
+Each module is one page of the book: `gptbook.core` is the model, `gptbook.data` text and
+tokens, and so on. Importing one gives its technique; importing `gptbook` gives the dozen
+names below. Plots and notebooks need extras: `pip install "gptbook[plots,notebook]"`.
+"""
+
 __version__ = "0.1.0"
+
+from gptbook.checkpoints import CheckpointError, load_demo, load_model, save_model
+from gptbook.core import GPTConfig, GPTModel, pick_device, set_seed
+from gptbook.data import Tokenizer, train_bpe
+from gptbook.generation import generate_text
+from gptbook.inference import KVCache
+from gptbook.training import TrainConfig, train
+
+__all__ = [
+    "CheckpointError", "GPTConfig", "GPTModel", "KVCache", "TrainConfig", "Tokenizer",
+    "generate_text", "load_demo", "load_model", "pick_device", "save_model", "set_seed",
+    "train", "train_bpe",
+]

@@ -363,7 +363,7 @@ def generate_text(
                 told[b].append(tokens.log_probs[b])
     return (texts, told) if log_probs else texts
 
-# %% ../nbs/06_generation.ipynb #5a1f6414
+# %% ../nbs/06_generation.ipynb #d1396274
 VIEW = r"""(() => {
 const R = document.getElementById("__ID__"), D = __DATA__, $ = s => R.querySelector(s);
 const bytes = Uint8Array.from(atob(D.logits), c => c.charCodeAt(0));
@@ -401,11 +401,10 @@ const show = () => {
   $(".s").textContent = `${n} of ${V} tokens can be drawn: ` +
     `a choice of ${bits.toFixed(1)} bits`;
 };
-knobs.forEach(knob => knob.oninput = show);
-show();
+show(knobs.forEach(knob => knob.oninput = show));
 })();"""
 
-# %% ../nbs/06_generation.ipynb #924aee28
+# %% ../nbs/06_generation.ipynb #a0b2b6a4
 def sampling_view(
     logits: Tensor,  # (V,); at most the 8,192 largest are taken
     decode,  # id -> the token's text
@@ -417,10 +416,10 @@ def sampling_view(
     from gptbook.figures import Display
 
     values, ids = largest(check_logits(logits), min(logits.numel(), 8192))
-    scale = 32_000 / max(1e-6, values.abs().max().item())
-    packed = (values[0].clamp(min=-32_000 / scale) * scale).round().to(torch.int16)
+    below = (values[0] - values[0, 0]).clamp(min=-100)  # banned: e^-100 is nothing
+    packed = (320 * below).round().to(torch.int16).cpu()
     content = json.dumps({
-        "logits": base64.b64encode(packed.numpy().tobytes()).decode(), "scale": scale,
+        "logits": base64.b64encode(packed.numpy().tobytes()).decode(), "scale": 320,
         "tokens": [decode(i) for i in ids[0, :n_bars].tolist()],
     }).replace("<", "\\u003c")
     name = "gbs-" + hashlib.sha1(content.encode()).hexdigest()[:8]
@@ -440,7 +439,8 @@ def sampling_view(
 
 VIEW_STYLE = (
     ".gbs .k{display:flex;flex-wrap:wrap;gap:.3rem 1.4rem}.gbs input{width:9rem;"
-    "vertical-align:middle;accent-color:#2b7de0}.gbs output{display:inline-block;min-width:2.6em;"
+    "vertical-align:middle;accent-color:#2b7de0}.gbs output{display:inline-block;"
+    "min-width:2.6em;"
     "font-variant-numeric:tabular-nums;margin-left:.4em}.gbs .r div{display:grid;"
     "grid-template-columns:6.5em 1fr 4em;gap:.6em;align-items:center;line-height:1.5}"
     ".gbs .r span:first-child{text-align:right;white-space:pre;overflow:hidden}"

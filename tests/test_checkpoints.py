@@ -350,6 +350,16 @@ def test_load_demo(tmp_path):
     assert model(IDS).shape == (1, 16, 300) and tokenizer.n_vocab == 257
 
 
+def test_the_demo_that_travels_is_whole():
+    path = Path(ck.__file__).parent / "models" / "stories.safetensors"
+    if not path.exists():
+        pytest.skip("the trained model is not there yet")
+    model, tokenizer = load_demo()
+    assert path.stat().st_size <= 6_000_000 and tokenizer.n_vocab <= model.config.vocab_size
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert tokenizer.decode(tokenizer.encode("Once upon a time")) == "Once upon a time"
+
+
 def test_errors_are_one_line_and_can_be_pickled():
     import pickle
     error = CheckpointError(Path("a\nb"), "c" * 1000, "d\x1b")

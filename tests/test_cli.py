@@ -383,8 +383,8 @@ def test_models_of_a_stream_start_without_end_of_text(tmp_path, monkeypatch, cap
     seen = []
     monkeypatch.setattr("gptbook.generation.generate_steps",
                         lambda model, rows, *a, **k: seen.extend(rows) or iter(()))
-    for kind in ("whole documents", "a stream"):
-        path = save_model(tmp_path / "m.safetensors", model, tokenizer, texts=kind)
+    for kind in (True, False):
+        path = save_model(tmp_path / "m.safetensors", model, tokenizer, documents=kind)
         generate(capsys, f"--checkpoint {path} --prompt The")
     assert [row[0] == end for row in seen] == [True, False]
 

@@ -24,8 +24,8 @@ from gptbook.core import GPTConfig, GPTModel, LossModel
 from gptbook.data import TokenDataset
 from gptbook.training import (
     PRESETS, History, NonFiniteError, TrainConfig, autocast_for, compute_gradients,
-    evaluate_loss, faster_precision, make_optimizer, parameter_groups, precision_of,
-    seconds_per_step, show_samples, steps_for_minutes, train,
+    evaluate_loss, kernels_of, make_optimizer, parameter_groups, precision_of,
+    seconds_per_step, show_samples, steps_for_minutes, time_parts, train, use_kernel,
 )
 
 SIZES = GPTConfig(37, 16, 16, 2, 2, drop_rate=0.1)
@@ -373,6 +373,11 @@ def test_callback_may_stop_the_run(capsys):
 
 # resume -----------------------------------------------------------------------------
 
+def with_kernel(model, name):
+    use_kernel(model, name)
+    return model
+
+
 def precision(name):
     return autocast_for(name, torch.device("cpu"))
 
@@ -487,6 +492,7 @@ def test_sigkill_anywhere_then_resume_is_bit_identical(tmp_path, kills):
     (dict(data=some_data(seed=8)), "data"),
     (dict(schedule=half), "schedule"),
     (dict(autocast=precision("bfloat16")), "precision is bfloat16"),
+    (dict(model=lambda: with_kernel(a_model(), "naive")), "kernel is ['naive_attention']"),
 ])
 def test_resume_of_another_run_is_refused(tmp_path, change, named):
     run(a_model(), out=tmp_path, callbacks=[lambda r: setattr(r, "stopping", r.step == 4)])
@@ -616,10 +622,21 @@ def test_timing_changes_nothing():
     rng = torch.get_rng_state()
     times = seconds_per_step(model, DATA, CONFIG, steps=3)
     assert len(times) == 3 and times == sorted(times) and times[0] > 0
-    assert faster_precision(model, DATA, CONFIG) in ("float32", "bfloat16")
+    parts = time_parts(model, DATA, CONFIG, steps=2)
+    assert set(parts) == {(p, k) for p in ("float32", "bfloat16") for k in ("sdpa", "naive")}
+    assert list(parts.values()) == sorted(parts.values())
+    assert kernels_of(model) == ["sdpa"]
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(map(torch.equal, model.parameters(), before.parameters()))
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_kernels_train_alike(name):
+    histories = [run(with_kernel(a_model(drop_rate=0.0), kernel), autocast=precision(name))
+                 for kernel in ("sdpa", "naive")]
+    a, b = (torch.tensor(h.column("loss")[1]) for h in histories)
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-4 if name == "float32" else 0.03)
 
 
 def test_steps_for_minutes():
