@@ -405,7 +405,7 @@ def read_text(settings: dict, preset, tokenizer=None):
     held_out = make(other, data.context_length) if len(other) > 1 else None
     return corpus, tokenizer, data, held_out
 
-# %% ../nbs/11_command_line.ipynb #bd0dba17
+# %% ../nbs/11_command_line.ipynb #7bf7c352
 def memory_needed(sizes, batch_size: int, device) -> float:  # GB, roughly
     """What training takes. Raises `ValueError` if this machine's memory is smaller."""
     import torch
@@ -416,7 +416,7 @@ def memory_needed(sizes, batch_size: int, device) -> float:  # GB, roughly
         weights = sum(p.numel() for p in GPTModel(sizes).parameters())
     kept = sizes.n_layers * 24 * sizes.emb_dim + 4 * sizes.vocab_size  # numbers a token
     numbers = 4 * weights + batch_size * sizes.context_length * kept
-    needed = 0.3 + 4 * numbers / 1e9  # PyTorch itself, and 4 bytes a number
+    needed = 0.4 + 4 * numbers / 1e9  # PyTorch itself, and 4 bytes a number
     if device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
         if needed > there:
@@ -509,7 +509,7 @@ def count_steps(job: Job, config) -> int:
         return steps_for_minutes(s["minutes"], job.seconds)
     return s["steps"] or config.steps
 
-# %% ../nbs/11_command_line.ipynb #8367aec4
+# %% ../nbs/11_command_line.ipynb #020f1e97
 def plan(job: Job) -> str:
     """What is about to happen, in a few lines."""
     from gptbook.training import PRESETS
@@ -541,7 +541,7 @@ def tell_time(seconds: float) -> str:
     for unit, size in (("hours", 3600), ("minutes", 60)):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.0f} {unit}"
-    return f"{max(1, seconds):.0f} seconds"
+    return f"{max(2, seconds):.0f} seconds"
 
 # %% ../nbs/11_command_line.ipynb #0799535c
 def run_job(job: Job, resume: bool) -> int:  # 0 if it came to its end, 130 if stopped
@@ -616,7 +616,7 @@ TRAIN_OPTIONS = [
     click.option("--quiet", is_flag=True, help="Say only where the weights are."),
 ]
 
-# %% ../nbs/11_command_line.ipynb #64a6c8d9
+# %% ../nbs/11_command_line.ipynb #138f2e66
 FREE = {"out", "resume", "quiet", "device", "threads", "sample_every"}  # may change
 
 
@@ -644,8 +644,8 @@ def read_run(out: Path, given: dict, rules: dict) -> dict:
         if name not in FREE and value != saved[name]:
             flag = "--" + name.replace("_", "-")
             had = f"no {flag}" if saved[name] is None else f"{flag} {saved[name]}"
-            raise ValueError(f"the run in {out} has {had}, not {value}: leave out {flag}, "
-                             "or begin a run in another folder")
+            raise ValueError(f"the run in {out} has {had}, not {value}: leave out "
+                             f"{flag}, or begin a run in another folder")
     return run
 
 

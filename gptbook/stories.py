@@ -43,7 +43,7 @@ class Item(NamedTuple):
 
 EMPTY = Branch()
 
-# %% ../nbs/00c_stories.ipynb #682c09cf
+# %% ../nbs/00c_stories.ipynb #6d3fb0c1
 def always(
     *branches: Branch,
     kind: str = "text",
@@ -63,7 +63,8 @@ def pick(
         if key in world:
             return [EMPTY]
         taken = [world[other] for other in others if other in world]
-        return [Branch("", ((key, word),)) for word in words(world) if word not in taken]
+        free = [word for word in words(world) if word not in taken]
+        return [Branch("", ((key, word),)) for word in free]
     return Item(branches, "pick", key)
 
 # %% ../nbs/00c_stories.ipynb #3630a76d
@@ -81,14 +82,14 @@ def choose(
     return Item(lambda world: [branch for guards, branch in options
                                if holds(guards, world)], "choose")
 
-# %% ../nbs/00c_stories.ipynb #9de4bc2e
+# %% ../nbs/00c_stories.ipynb #6280d090
 POINTING = ("she", "him", "her", "they", "it")
 PRONOUNS = {"she": ("he", "she"), "him": ("him", "her"), "her": ("his", "her")}
 FEMALE = {"girl", "mom", "grandma", "aunt"}
 
 
 def surface(
-    form: str,       # "", "a", "to", "girl" or a pronoun; with a capital, so is the word
+    form: str,       # "", "a", "to", "girl" or a pronoun; a capital makes one
     slot: str,       # the variable
     tail: str = "",  # "'s", or "." for a noun alone
 ) -> Callable:       # world -> text
@@ -120,7 +121,7 @@ def _tidy(body: str) -> str:
     body = re.sub(r"\s*\n\s*\| ", "|", body.strip())
     return re.sub(r" (\[[\w.]+=\w)", r"\1", re.sub(r"\s+", " ", body))
 
-# %% ../nbs/00c_stories.ipynb #256830f6
+# %% ../nbs/00c_stories.ipynb #9e49507d
 class Grammar:
     """Rules compiled to items."""
 
@@ -169,10 +170,11 @@ class Grammar:
         if token["key"]:
             return [always(Branch(sets=((token["key"], token["value"]),)), kind="set")]
         if token["slot"]:
-            return _mention(self, token["form"] or "", token["slot"], token["tail"] or "")
+            form, tail = token["form"] or "", token["tail"] or ""
+            return _mention(self, form, token["slot"], tail)
         return [always(Branch(token.group()))]
 
-# %% ../nbs/00c_stories.ipynb #d6c1efb9
+# %% ../nbs/00c_stories.ipynb #d7808391
 def _say(slot: str, form: str = "", tail: str = "") -> Item:
     spell = surface(form, slot, tail)
     return Item(lambda world: (Branch(spell(world)),), "say", slot, form)
@@ -197,7 +199,8 @@ def _mention(grammar: Grammar, form: str, slot: str, tail: str) -> list:
         return [*fill, _say(slot, form, tail)]
     others = tuple(f"{other}.look" for other in others)
     fill_look = pick(look, lambda world: words[looks[0]], others)
-    return [fill_look, _say(look, form), always(Branch(" ")), *fill, _say(slot, "", tail)]
+    space, thing = always(Branch(" ")), _say(slot, "", tail)
+    return [fill_look, _say(look, form), space, *fill, thing]
 
 # %% ../nbs/00c_stories.ipynb #9fae2bd9
 def tell(
@@ -229,19 +232,23 @@ def tell(
             stack += items
     return "".join(said)
 
-# %% ../nbs/00c_stories.ipynb #86dcb7a7
+# %% ../nbs/00c_stories.ipynb #0cbc2b9e
 WORDS = {key: tuple(values.split(", ")) for key, values in {
-    "girl": "Lily, Mia, Anna, Rosa, Zoe, Emma, Nina, Ruby, Ada, Ivy, Ella, Lucy, Clara, "
+    "girl": "Lily, Mia, Anna, Rosa, Zoe, Emma, Nina, Ruby, Ada, Ivy, Ella, Lucy, "
+    "Clara, "
             "Maya, Olive, Sara",
     "boy": "Tom, Ben, Sam, Max, Leo, Finn, Jack, Noah, Omar, Theo, Hugo, Oscar, Peter, "
            "Luca, Adam, Felix",
     "elder": "mom, dad, grandma, grandpa, aunt, uncle",
     "pet": "cat, dog, kitten, puppy, rabbit, parrot",
-    "animal": "duck, frog, hedgehog, squirrel, mouse, fox, owl, turtle, goat, bird, pony, "
+    "animal": "duck, frog, hedgehog, squirrel, mouse, fox, owl, turtle, goat, bird, "
+    "pony, "
               "hen, pig, lamb, bear, donkey",
-    "mood": "small, gray, brown, white, shy, funny, sleepy, hungry, fat, polite, noisy, "
+    "mood": "small, gray, brown, white, shy, funny, sleepy, hungry, fat, polite, "
+    "noisy, "
             "grumpy",
-    "thing": "ball, doll, drum, boat, train, robot, whistle, hat, scarf, bell, book, cup, "
+    "thing": "ball, doll, drum, boat, train, robot, whistle, hat, scarf, bell, "
+    "book, cup, "
              "lamp, puzzle, flute, clock",
     "light": "kite, hat, scarf, balloon, umbrella, letter, ribbon, map",
     "box": "bag, basket, bucket, box",
@@ -256,25 +263,30 @@ WORDS = {key: tuple(values.split(", ")) for key, values in {
              "by the lake, on the hill, at the farm, in the meadow, at the market, "
              "at the castle, by the pond, in the yard, at the harbor, by the old mill, "
              "on the island",
-    "spot": "under a bench, behind a tree, in a barrel, under a blanket, behind a wall, "
+    "spot": "under a bench, behind a tree, in a barrel, under a blanket, "
+    "behind a wall, "
             "in an old cart, under a bridge, in the tall grass, behind a rock, "
             "under a hedge, in a hollow log, behind the well, inside a tent, "
             "under a ladder, behind a door, in a wheelbarrow",
-    "trait": "little, kind, clever, shy, funny, brave, quiet, cheerful, curious, polite, "
+    "trait": "little, kind, clever, shy, funny, brave, quiet, cheerful, curious, "
+    "polite, "
              "gentle, busy, stubborn, lucky, dreamy, noisy",
     "hobby": "sing, paint, climb trees, tell jokes, count stars, jump in puddles, "
-             "collect stones, dance, draw maps, read, swim, whistle, bake, ride a bike, "
+             "collect stones, dance, draw maps, read, swim, whistle, bake, "
+             "ride a bike, "
              "feed the ducks, make faces",
-    "job": "pilot, baker, pirate, doctor, farmer, clown, sailor, painter, king, dancer, "
+    "job": "pilot, baker, pirate, doctor, farmer, clown, sailor, painter, king, "
+    "dancer, "
            "teacher, spy, magician, judge, poet, firefighter",
     "guess": "a cow, a cloud, a cheese, a snake, an egg, the moon, a tooth, a frog, "
              "a pancake, my uncle",
 }.items()}
 
-# %% ../nbs/00c_stories.ipynb #67a588fb
+# %% ../nbs/00c_stories.ipynb #3443a759
 SLOTS = {"A": "person", "B": "person", "C": "elder", "Y": "pet", "Z": "mood animal",
          "T": "color thing", "U": "color thing", "V": "color box", "F": "dish",
-         "X": "need", "S": "snack", "R": "snack", "P": "place", "H": "spot", "G": "spot",
+         "X": "need", "S": "snack", "R": "snack", "P": "place", "H": "spot",
+         "G": "spot",
          "M": "trait", "N": "hobby", "J": "job", "K": "guess", "L": "guess"}
 
 # %% ../nbs/00c_stories.ipynb #07519545
@@ -643,13 +655,14 @@ def story_bits(
     chance = probability(GRAMMAR, text, prefix)
     return -math.log2(chance) if chance else math.inf
 
-# %% ../nbs/00c_stories.ipynb #963ff861
+# %% ../nbs/00c_stories.ipynb #6f1d20ed
 def word_bits(
     text: str,  # a whole story
 ) -> list:      # (word, bits) in order; the bits add up to `story_bits(text)`
     """The surprisal of each word, given all words before it."""
     ends = [match.end() for match in re.finditer(r"\S+\s*", text)]
-    bits = [story_bits(text[:end], prefix=True) for end in ends[:-1]] + [story_bits(text)]
+    bits = [story_bits(text[:end], prefix=True) for end in ends[:-1]]
+    bits.append(story_bits(text))
     starts = [0, *ends]
     return [(text[a:b].strip(), now - before) for a, b, now, before
             in zip(starts, ends, bits, [0.0, *bits])]
@@ -768,7 +781,7 @@ def questions(
              for k in range(len(GRAMMAR.rules["question"].branches(world)))]
     return [tuple(re.split(r"(?<=\?) ", text)) for text in asked]
 
-# %% ../nbs/00c_stories.ipynb #7e933d07
+# %% ../nbs/00c_stories.ipynb #f8314520
 _BEFORE = re.compile(r"(?:^|[.!?\",] ?)([\w' ]*)$")
 _ASIDE = re.compile(r"(, who [\w ]+,| never| still)? $")
 _BEHIND = re.compile(r" (?:(?:the|a|an|no|his|her) )?")
@@ -798,7 +811,8 @@ def subjects(
     """Who does what, for every marked verb whose subject is said."""
     pairs, last = [], None
     spans = [m[:2] for m in story.mentions
-             if m.form.lower() != "her" and m.slot != "M" and not m.slot.endswith(".look")]
+             if m.form.lower() != "her" and m.slot != "M"
+             and not m.slot.endswith(".look")]
     for item, at, *_ in story.notes[1]:
         if item.kind == "verb":
             verb = (at, re.compile(r"[\w']+").match(story.text, at).end())
@@ -806,10 +820,12 @@ def subjects(
             pairs += [(last, verb)] if last else []
     return pairs
 
-# %% ../nbs/00c_stories.ipynb #d61b17a9
-_IRREGULAR = dict(pair.split(":") for pair in """ate:eat blew:blow bought:buy broke:break
+# %% ../nbs/00c_stories.ipynb #042d0221
+_IRREGULAR = dict(pair.split(":") for pair in """ate:eat blew:blow bought:buy
+broke:break
 brought:bring came:come could:can crept:creep did:do fell:fall felt:feel forgot:forget
-found:find gave:give had:have heard:hear held:hold hid:hide is:be was:be were:be kept:keep
+found:find gave:give had:have heard:hear held:hold hid:hide is:be was:be were:be
+kept:keep
 knew:know left:leave lit:light lost:lose made:make met:meet ran:run said:say sang:sing
 sat:sit saw:see shook:shake slept:sleep stole:steal stood:stand tells:tell thought:think
 threw:throw told:tell took:take went:go would:will""".split())
@@ -837,8 +853,9 @@ def _coin(number: int) -> str:
 LEXICON = {word: _coin(number) for number, word in
            enumerate(sorted(_WORDS | {stem(word) for word in _WORDS}))}
 
-# %% ../nbs/00c_stories.ipynb #b2eda5a1
-_ADJECTIVES = frozenset(sum((WORDS[key] for key in ("mood", "color", "trait")), ())).union(
+# %% ../nbs/00c_stories.ipynb #44bd83a2
+_LOOKS = sum((WORDS[key] for key in ("mood", "color", "trait")), ())
+_ADJECTIVES = frozenset(_LOOKS).union(
     "wet dusty lonely golden broken old new best good long secret blue tall".split())
 _PART = re.compile(r"\b(?:and|but)\b|(?:\b(?!(?:and|but)\b)[\w']+ ?)+")
 
@@ -855,7 +872,8 @@ def translate(
         for word in re.finditer(r"[\w']+", match[0]):
             plain = word[0].lower()
             if match.start() + word.start() in verbs:
-                acts.append(LEXICON[stem(plain)] + "ta" * (plain not in ("is", "tells")))
+                past = "ta" * (plain not in ("is", "tells"))
+                acts.append(LEXICON[stem(plain)] + past)
             elif plain in _ADJECTIVES:
                 looks.append(LEXICON[plain])
             elif plain not in ("a", "an", "the"):
@@ -867,7 +885,7 @@ def translate(
         return said + " " * match[0].endswith(" ")
     return _PART.sub(part, story.text)
 
-# %% ../nbs/00c_stories.ipynb #ecd81006
+# %% ../nbs/00c_stories.ipynb #5358e4bb
 class Slip(NamedTuple):
     """A place where a text says something else than the story that it follows."""
 
@@ -879,7 +897,7 @@ class Slip(NamedTuple):
 
 
 def _stand_in(item: Item, expected: str, text: str, at: int) -> int:
-    """Where a mention ends that stands at `at` in place of the expected one; 0 if none."""
+    """Where a mention at `at` ends that stands in for the expected one; 0 if none."""
     slot, form = item.slot, item.form
     said, word = [], r"[a-z]+"
     if form.lower() in POINTING:
@@ -892,12 +910,14 @@ def _stand_in(item: Item, expected: str, text: str, at: int) -> int:
         spell = surface(form, slot)
         said = [spell({slot: word, f"{slot}.kind": word})
                 for word in {"kind": ("girl", "boy"), **WORDS}[kind]]
-        said.append(re.sub(r"^an? ", "a " if expected[:3] == "an " else "an ", expected))
-    longest = max((len(option) for option in said if text.startswith(option, at)), default=0)
+        other = "a " if expected[:3] == "an " else "an "
+        said.append(re.sub(r"^an? ", other, expected))
+    found = [len(option) for option in said if text.startswith(option, at)]
+    longest = max(found, default=0)
     found = re.compile(word).match(text, at)
     return at + longest if longest else found.end() if found else 0
 
-# %% ../nbs/00c_stories.ipynb #45369d88
+# %% ../nbs/00c_stories.ipynb #4543f552
 class _Follower:
     """The search for a derivation that a text follows with at most `budget` slips."""
 
@@ -914,7 +934,8 @@ class _Follower:
             if not self.text.startswith(said, at):
                 if said.startswith(self.text[at:]) and self.stopped is None:
                     self.stopped = path                 # so far all is well
-                end = left and item.kind == "say" and _stand_in(item, said, self.text, at)
+                say = left and item.kind == "say"
+                end = say and _stand_in(item, said, self.text, at)
                 if not end:
                     return None
                 path, left = (Slip(at, end, item, said, world), path), left - 1
@@ -1003,7 +1024,7 @@ def owners(
                           for thing in things for how in ("owner", "held"))}
     return found
 
-# %% ../nbs/00c_stories.ipynb #0200caa4
+# %% ../nbs/00c_stories.ipynb #ecf6c6a9
 class Problem(NamedTuple):
     """Something that is wrong with a text, in plain words."""
 
@@ -1018,7 +1039,8 @@ def _explain(slip: Slip, found: str, owned: bool) -> tuple:
     slot, world, right = slip.item.slot, slip.world, slip.expected
     should = f"'{found}' should be '{right}'"
     if slip.item.form.lower() in POINTING:
-        return "wrong_pronoun", f"{should}: this is {' and '.join(map(world.get, slot))}"
+        who = " and ".join(map(world.get, slot))
+        return "wrong_pronoun", f"{should}: this is {who}"
     if found.split()[-1] == right.split()[-1]:
         return "wrong_article", should
     if slot in ("A", "B", "C"):
@@ -1027,7 +1049,8 @@ def _explain(slip: Slip, found: str, owned: bool) -> tuple:
         return ("swapped_owner", f"{should}, who has it") if owned else (
             "wrong_person", should)
     if slot.endswith(".look"):
-        return "wrong_look", f"the {world.get(slot[0])} was '{world[slot]}', not '{found}'"
+        thing = world.get(slot[0])
+        return "wrong_look", f"the {thing} was '{world[slot]}', not '{found}'"
     if slot in ("P", "G", "H"):
         return "wrong_place", f"it was '{right}', not '{found}'"
     if slot in tuple("TUVSRFXYZ"):
@@ -1073,10 +1096,11 @@ def check_story(
                            f"'{text[a:b].strip()}' does not follow here")
                    for a, b in cut] + (problems or []))
 
-# %% ../nbs/00c_stories.ipynb #077af2ca
+# %% ../nbs/00c_stories.ipynb #209b06ac
 CORRUPTIONS = ("wrong_pronoun", "swapped_owner", "missing_object", "wrong_look",
                "wrong_place", "unknown_name", "dropped_sentence", "unfinished")
-_OTHER = {"he": "she", "she": "he", "him": "her", "his": "her", "it": "she", "they": "it"}
+_OTHER = {"he": "she", "she": "he", "him": "her", "his": "her", "it": "she",
+          "they": "it"}
 _WHAT = {"unknown_name": ("A", "B"), "missing_object": tuple("TUVSRFX"),
          "wrong_look": ("T.look", "U.look", "V.look", "Z.look"),
          "wrong_place": ("P", "G", "H")}
@@ -1096,7 +1120,8 @@ def _wrong(story: Story, kind: str, mention: Mention, known: set, owned: set) ->
         return []
     kinds = [world[f"{slot}.kind"]] if slot in "AB" else SLOTS[slot[0]].split()
     words = WORDS[kinds[0 if slot.endswith(".look") else -1]]
-    return [surface(form, slot)({slot: word}) for word in words if word not in story.text]
+    words = [word for word in words if word not in story.text]
+    return [surface(form, slot)({slot: word}) for word in words]
 
 # %% ../nbs/00c_stories.ipynb #cb139c64
 class Corruption(NamedTuple):

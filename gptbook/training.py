@@ -153,7 +153,7 @@ def evaluate_loss(
         model.train(mode)
     return total / max(1, count)
 
-# %% ../nbs/01_training.ipynb #40d57643
+# %% ../nbs/01_training.ipynb #8c5046b5
 class History(list):
     """A dict of numbers for each step: loss, gradient norm, learning rate, ..."""
 
@@ -165,8 +165,9 @@ class History(list):
     def table(self) -> dict[str, Tensor]:  # column -> one double a step
         """The history by columns, NaN where a step has none: compact to store."""
         names = dict.fromkeys(name for row in self for name in row)
-        columns = {name: [row.get(name, math.nan) for row in self] for name in names}
-        return {name: torch.tensor(x, dtype=torch.double) for name, x in columns.items()}
+        double = partial(torch.tensor, dtype=torch.double)
+        return {name: double([row.get(name, math.nan) for row in self])
+                for name in names}
 
     @classmethod
     def from_table(cls, table: dict[str, Tensor]) -> "History":
@@ -210,7 +211,7 @@ class Run:
         """Whether another `every` steps have passed, or all steps of the run."""
         return self.step % every == 0 or self.step == self.config.steps
 
-# %% ../nbs/01_training.ipynb #df7f2e28
+# %% ../nbs/01_training.ipynb #691d27f3
 COUNTERS = ("step", "skipped", "bad_in_a_row", "best_loss")
 
 
@@ -233,7 +234,7 @@ def restore_run(run: Run, state: dict) -> None:
     Raises `ValueError` if the saved run is another one, naming what differs."""
     for name, now in run.facts.items():
         if now != (then := state["facts"].get(name)):
-            raise ValueError(f"cannot resume: {name} is {now}, the saved run has {then}")
+            raise ValueError(f"cannot resume: {name} is {now}, in the saved run {then}")
     run.model.load_state_dict(state["model"])
     run.model.tie()
     run.optimizer.load_state_dict(state["optimizer"])
@@ -244,7 +245,7 @@ def restore_run(run: Run, state: dict) -> None:
         setattr(run, name, value)
     run.history = History.from_table(state["history"])
 
-# %% ../nbs/01_training.ipynb #1bcb610a
+# %% ../nbs/01_training.ipynb #8ea93e5b
 def run_facts(run: Run, data: TokenDataset, autocast: Callable) -> dict:  # JSON values
     """What a run and its continuation must have in common."""
     batch = data.batch(run.config.seed, 0)
@@ -254,7 +255,8 @@ def run_facts(run: Run, data: TokenDataset, autocast: Callable) -> dict:  # JSON
         **asdict(run.config), "model": asdict(run.model.config),
         "transforms": run.model.transforms, "data (its first batch)": digest[:16],
         "schedule": [run.schedule(step) for step in (0, end // 2, end)],
-        "precision": precision_of(autocast, run.device), "kernel": kernels_of(run.model),
+        "precision": precision_of(autocast, run.device),
+        "kernel": kernels_of(run.model),
     }
     return json.loads(json.dumps(facts))
 
@@ -441,12 +443,12 @@ def train(
     model.eval()
     return run.history
 
-# %% ../nbs/01_training.ipynb #3e674101
+# %% ../nbs/01_training.ipynb #aa7ffb20
 def begin_run(
     model, data, config, *, out=None, tokenizer=None, schedule=None,
     autocast=nullcontext, info=None, resume=False,
 ) -> Run:  # at its first step, or where the saved one was
-    """Set up what `train` was given, or resume; nothing is written if it does not fit."""
+    """Set up what `train` was given, or resume; what does not fit writes nothing."""
     check_fit(model, data, tokenizer)
     if resume and not out:
         raise ValueError("resume=True needs out=, the folder of the run")
@@ -466,8 +468,8 @@ def check_fit(model: GPTModel, data: TokenDataset, tokenizer=None) -> None:
     """Raise `ValueError` if the rows or the tokens are too many for the model."""
     limit, length = model.max_positions, data.context_length
     if limit is not None and length > limit:
-        raise ValueError(f"a row of the data has {length} tokens, the model has {limit} "
-                         "positions")
+        raise ValueError(f"a row of the data has {length} tokens, the model has "
+                         f"{limit} positions")
     n, size = tokenizer.n_vocab if tokenizer else 0, model.config.vocab_size
     if n > size:
         raise ValueError(f"the tokenizer has {n} tokens, the model has {size}")
@@ -585,12 +587,12 @@ def steps_for_minutes(
         raise ValueError(f"minutes={minutes} are too few: a step takes {seconds:.1f} s")
     return steps
 
-# %% ../nbs/01_training.ipynb #346c00eb
+# %% ../nbs/01_training.ipynb #e0eb99b7
 KERNELS = {"sdpa": sdpa, "naive": naive_attention}
 
 
 def use_kernel(model: nn.Module, name: str) -> None:
-    """Let all attention layers compute with a kernel of `KERNELS`; no weight changes."""
+    """Let all attention layers compute with a kernel of `KERNELS`."""
     for module in model.modules():
         if isinstance(module, MultiHeadAttention):
             module.kernel = KERNELS[name]
@@ -607,18 +609,18 @@ def autocast_for(
         raise ValueError(f"precision {precision!r} is none of {', '.join(known)}")
     return known[precision]
 
-# %% ../nbs/01_training.ipynb #b77adbf1
+# %% ../nbs/01_training.ipynb #f0049a9f
 def time_parts(
     model: GPTModel, data: TokenDataset, config: TrainConfig, steps: int = 4
 ) -> dict:  # (precision, kernel) -> seconds of a step, the fastest first
-    """Time a training step in each precision with each kernel, on copies of the model."""
+    """Time a training step in each precision with each kernel, on copies."""
     device, times = next(model.parameters()).device, {}
     for precision in ("float32", "bfloat16"):
         for kernel in KERNELS:
             use_kernel(trial := deepcopy(model), kernel)
             autocast = autocast_for(precision, device)
-            measured = seconds_per_step(trial, data, config, autocast=autocast, steps=steps)
-            times[precision, kernel] = measured[0]
+            times[precision, kernel] = seconds_per_step(
+                trial, data, config, autocast=autocast, steps=steps)[0]
     return dict(sorted(times.items(), key=lambda item: item[1]))
 
 
@@ -626,19 +628,19 @@ def faster_precision(model: GPTModel, data: TokenDataset, config: TrainConfig) -
     """The precision of the fastest parts."""
     return next(iter(time_parts(model, data, config, steps=3)))[0]
 
-# %% ../nbs/01_training.ipynb #45dc050b
+# %% ../nbs/01_training.ipynb #32a0a493
 @dataclass(frozen=True)
 class Preset:
     """A size of model, and the settings with which it trains well."""
 
     sizes: dict  # of a GPTConfig, all but the vocabulary
     training: TrainConfig
-    vocab_size: int = 1024  # of the tokenizer that is trained first
-    batch_size: int = 8  # rows a step
-    warmup: float = 0.05  # share of the steps in which the rate climbs
-    floor: float = 0.1  # share of the rate that is left at the end
-    init_std: float = 0.02  # of the weights, for `init_weights`
-    stories: int = 20_000  # how many are made when there is no other text
+    vocab_size: int = 2048  # of the tokenizer that is trained first
+    batch_size: int = 4  # rows a step: small batches, many updates
+    warmup: float = 0.03  # share of the steps in which the rate climbs
+    floor: float = 0.02  # share of the rate that is left at the end
+    init_std: float = 0.07  # of the weights, for `init_weights`
+    stories: int = 12_000  # how many are made when there is no other text
 
     def model_config(self, vocab_size: int) -> GPTConfig:
         """The model's config for a tokenizer of so many tokens."""
@@ -647,13 +649,14 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset(
-        dict(context_length=128, emb_dim=64, n_layers=2, n_heads=2),
-        TrainConfig(600, learning_rate=4e-3), vocab_size=512, stories=4000),
+        dict(context_length=192, emb_dim=64, n_layers=2, n_heads=2),
+        TrainConfig(600, learning_rate=4e-3), stories=2400),
     "small": Preset(
         dict(context_length=192, emb_dim=192, n_layers=4, n_heads=4),
-        TrainConfig(2400, learning_rate=3e-3), vocab_size=2048, batch_size=4,
-        warmup=0.03, floor=0.02, init_std=0.07),
+        TrainConfig(3000, learning_rate=3e-3, validate_every=500, save_every=500,
+                    validation_batches=50)),
     "medium": Preset(
         dict(context_length=256, emb_dim=384, n_layers=6, n_heads=6),
-        TrainConfig(4000, learning_rate=1e-3), vocab_size=4096, batch_size=16),
+        TrainConfig(5000, learning_rate=1e-3), vocab_size=4096, batch_size=16,
+        init_std=0.03, stories=80_000),
 }

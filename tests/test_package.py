@@ -103,9 +103,9 @@ def test_command_runs_outside_the_clone(clean, tmp_path):
 
 
 def test_import_costs_little_beside_torch():
-    """A loose guard (1.5 ×, the best of pairs) for a loaded machine; benchmarks/import_time.py
-    measures the real ratio, whose limit is 1.2."""
+    """A loose guard in processor time (1.5 ×, the best of three pairs), for a loaded machine;
+    benchmarks/import_time.py measures the real ratio, whose limit is 1.2."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from import_time import paired
-    ratios = [ours / torch for torch, ours in paired(3)]
+    ratios = [ours[1] / torch[1] for torch, ours in paired(3)]
     assert min(ratios) < 1.5, ratios
