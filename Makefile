@@ -56,11 +56,14 @@ serve:  ## serve the site at http://localhost:8000 (PORT=...)
 lab: $(STAMP)  ## open the notebooks in JupyterLab
 	@cd nbs && jupyter lab
 
+# Notebooks run two at a time, each in a process of its own: what one sets (no gradients, a
+# thread count) must not reach the next, as it does in the workers of one `nbdev_test`.
 test: $(STAMP)  ## prove it: export is a no-op, every notebook, the site, every test
 	$(call step,1/4 cleaning and exporting the notebooks changes nothing)
 	@$(PY) book/same_export.py
 	$(call step,2/4 every cell of every notebook)
-	@$(QUIET_ENV) $(TIMEOUT) nbdev_test --n_workers 2 --do_print --timing
+	@ls nbs/*.ipynb | $(QUIET_ENV) xargs -P 2 -n 1 \
+	  $(TIMEOUT) nbdev_test --n_workers 0 --do_print --timing --path
 	$(call step,3/4 the site)
 	@$(MAKE) --no-print-directory site
 	$(call step,4/4 tests)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['COUNTS', 'OPTIONAL_COUNTS', 'COUNTERS', 'KERNELS', 'PRESETS', 'TrainConfig', 'check_train_config', 'parameter_groups',
            'make_optimizer', 'compute_gradients', 'evaluate_loss', 'History', 'Run', 'run_state', 'restore_run',
-           'run_facts', 'precision_of', 'kernels_of', 'NonFiniteError', 'update', 'stop_on_signal', 'save_weights',
-           'validate', 'keep', 'Progress', 'train', 'begin_run', 'check_fit', 'open_folder', 'hopeless', 'LossPlot',
-           'plot_history', 'show_samples', 'seconds_per_step', 'steps_for_minutes', 'use_kernel', 'autocast_for',
+           'run_facts', 'precision_of', 'use_kernel', 'kernels_of', 'NonFiniteError', 'update', 'stop_on_signal',
+           'save_weights', 'validate', 'keep', 'Progress', 'train', 'begin_run', 'check_fit', 'open_folder', 'hopeless',
+           'LossPlot', 'plot_history', 'show_samples', 'seconds_per_step', 'steps_for_minutes', 'autocast_for',
            'time_parts', 'faster_precision', 'Preset']
 
 # %% ../nbs/01_training.ipynb #b8fd9f38
@@ -211,7 +211,7 @@ class Run:
         """Whether another `every` steps have passed, or all steps of the run."""
         return self.step % every == 0 or self.step == self.config.steps
 
-# %% ../nbs/01_training.ipynb #691d27f3
+# %% ../nbs/01_training.ipynb #2824f989
 COUNTERS = ("step", "skipped", "bad_in_a_row", "best_loss")
 
 
@@ -232,6 +232,10 @@ def restore_run(run: Run, state: dict) -> None:
     """Make `run` what it was when `state` was saved.
 
     Raises `ValueError` if the saved run is another one, naming what differs."""
+    kernels = state["facts"]["kernel"]
+    if len(kernels) == 1 and kernels[0] in KERNELS:  # chosen by a clock, not compared
+        use_kernel(run.model, kernels[0])
+        run.facts["kernel"] = kernels
     for name, now in run.facts.items():
         if now != (then := state["facts"].get(name)):
             raise ValueError(f"cannot resume: {name} is {now}, in the saved run {then}")
@@ -245,7 +249,7 @@ def restore_run(run: Run, state: dict) -> None:
         setattr(run, name, value)
     run.history = History.from_table(state["history"])
 
-# %% ../nbs/01_training.ipynb #8ea93e5b
+# %% ../nbs/01_training.ipynb #02d9b5f7
 def run_facts(run: Run, data: TokenDataset, autocast: Callable) -> dict:  # JSON values
     """What a run and its continuation must have in common."""
     batch = data.batch(run.config.seed, 0)
@@ -267,6 +271,16 @@ def precision_of(autocast: Callable, device: torch.device) -> str:  # "bfloat16"
         on = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if on else torch.float32
     return str(dtype).removeprefix("torch.")
+
+
+KERNELS = {kernel.__name__: kernel for kernel in (sdpa, naive_attention)}
+
+
+def use_kernel(model: nn.Module, name: str) -> None:
+    """Let all attention layers compute with a kernel of `KERNELS`."""
+    for module in model.modules():
+        if isinstance(module, MultiHeadAttention):
+            module.kernel = KERNELS[name]
 
 
 def kernels_of(model: nn.Module) -> list[str]:
@@ -494,7 +508,7 @@ def hopeless(run: Run) -> str:
     return text + (f", saved in {run.out}" if run.out else "") + (
         ". Look at data.batch(seed, step - 1), or train with a lower learning rate")
 
-# %% ../nbs/01_training.ipynb #70012e3a
+# %% ../nbs/01_training.ipynb #96e4ed2c
 class LossPlot:
     """A callback that draws the losses while a cell runs; the last picture stays."""
 
@@ -519,7 +533,7 @@ class LossPlot:
             self.handle.update(drawing)
         self.drawn = time.monotonic()
 
-
+# %% ../nbs/01_training.ipynb #f6d17210
 def plot_history(history: History, reference: dict | None = None):
     """Training loss, averaged over a fiftieth of the run, and validation loss."""
     from gptbook.figures import lines  # needs matplotlib, which is an extra
@@ -587,17 +601,7 @@ def steps_for_minutes(
         raise ValueError(f"minutes={minutes} are too few: a step takes {seconds:.1f} s")
     return steps
 
-# %% ../nbs/01_training.ipynb #e0eb99b7
-KERNELS = {"sdpa": sdpa, "naive": naive_attention}
-
-
-def use_kernel(model: nn.Module, name: str) -> None:
-    """Let all attention layers compute with a kernel of `KERNELS`."""
-    for module in model.modules():
-        if isinstance(module, MultiHeadAttention):
-            module.kernel = KERNELS[name]
-
-
+# %% ../nbs/01_training.ipynb #434fc7e1
 def autocast_for(
     precision: str,        # "float32" or "bfloat16"
     device: torch.device,
@@ -609,7 +613,7 @@ def autocast_for(
         raise ValueError(f"precision {precision!r} is none of {', '.join(known)}")
     return known[precision]
 
-# %% ../nbs/01_training.ipynb #f0049a9f
+# %% ../nbs/01_training.ipynb #f3a2d60e
 def time_parts(
     model: GPTModel, data: TokenDataset, config: TrainConfig, steps: int = 4
 ) -> dict:  # (precision, kernel) -> seconds of a step, the fastest first
@@ -625,8 +629,10 @@ def time_parts(
 
 
 def faster_precision(model: GPTModel, data: TokenDataset, config: TrainConfig) -> str:
-    """The precision of the fastest parts."""
-    return next(iter(time_parts(model, data, config, steps=3)))[0]
+    """Give the model the fastest kernel; return the precision that goes with it."""
+    precision, kernel = next(iter(time_parts(model, data, config)))
+    use_kernel(model, kernel)
+    return precision
 
 # %% ../nbs/01_training.ipynb #32a0a493
 @dataclass(frozen=True)

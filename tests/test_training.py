@@ -23,8 +23,8 @@ from gptbook.checkpoints import CheckpointError, latest_save, load_model, load_s
 from gptbook.core import GPTConfig, GPTModel, LossModel
 from gptbook.data import TokenDataset
 from gptbook.training import (
-    PRESETS, History, NonFiniteError, TrainConfig, autocast_for, compute_gradients,
-    evaluate_loss, kernels_of, make_optimizer, parameter_groups, precision_of,
+    KERNELS, PRESETS, History, NonFiniteError, TrainConfig, autocast_for, compute_gradients,
+    evaluate_loss, faster_precision, kernels_of, make_optimizer, parameter_groups, precision_of,
     seconds_per_step, show_samples, steps_for_minutes, time_parts, train, use_kernel,
 )
 
@@ -492,7 +492,6 @@ def test_sigkill_anywhere_then_resume_is_bit_identical(tmp_path, kills):
     (dict(data=some_data(seed=8)), "data"),
     (dict(schedule=half), "schedule"),
     (dict(autocast=precision("bfloat16")), "precision is bfloat16"),
-    (dict(model=lambda: with_kernel(a_model(), "naive")), "kernel is ['naive_attention']"),
 ])
 def test_resume_of_another_run_is_refused(tmp_path, change, named):
     run(a_model(), out=tmp_path, callbacks=[lambda r: setattr(r, "stopping", r.step == 4)])
@@ -503,6 +502,17 @@ def test_resume_of_another_run_is_refused(tmp_path, change, named):
         run(model, **{**change, "out": tmp_path, "resume": True})
     assert named in str(error.value)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == files
+
+
+def test_resume_takes_over_the_kernel(tmp_path):
+    """Which kernel computes is chosen by a clock: the continuation uses the saved one."""
+    straight = run(whole := with_kernel(a_model(drop_rate=0.0), "naive_attention"))
+    stop = lambda r: setattr(r, "stopping", r.step == 5)
+    run(with_kernel(a_model(drop_rate=0.0), "naive_attention"), out=tmp_path, callbacks=[stop])
+    other = a_model(drop_rate=0.0)
+    resumed = run(other, out=tmp_path, resume=True)
+    assert kernels_of(other) == ["naive_attention"]
+    assert_same_run(whole, straight, other, resumed)
 
 
 def test_an_existing_run_is_not_overwritten(tmp_path):
@@ -623,9 +633,10 @@ def test_timing_changes_nothing():
     times = seconds_per_step(model, DATA, CONFIG, steps=3)
     assert len(times) == 3 and times == sorted(times) and times[0] > 0
     parts = time_parts(model, DATA, CONFIG, steps=2)
-    assert set(parts) == {(p, k) for p in ("float32", "bfloat16") for k in ("sdpa", "naive")}
+    assert set(parts) == {(p, k) for p in ("float32", "bfloat16") for k in KERNELS}
     assert list(parts.values()) == sorted(parts.values())
-    assert kernels_of(model) == ["sdpa"]
+    assert kernels_of(model) == ["sdpa"], "time_parts looks at copies"
+    assert faster_precision(model, DATA, CONFIG) in ("float32", "bfloat16")
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(map(torch.equal, model.parameters(), before.parameters()))
     assert all(p.grad is None for p in model.parameters())
@@ -634,7 +645,7 @@ def test_timing_changes_nothing():
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
 def test_kernels_train_alike(name):
     histories = [run(with_kernel(a_model(drop_rate=0.0), kernel), autocast=precision(name))
-                 for kernel in ("sdpa", "naive")]
+                 for kernel in KERNELS]
     a, b = (torch.tensor(h.column("loss")[1]) for h in histories)
     torch.testing.assert_close(a, b, rtol=0, atol=1e-4 if name == "float32" else 0.03)
 
