@@ -8,6 +8,7 @@ __all__ = ['INK', 'PAPER', 'PALETTE', 'HEAT', 'STYLE', 'CSS', 'BACKGROUND', 'FON
            'grid', 'bars', 'spans', 'word_bars', 'boxes', 'attention_view', 'claims_table']
 
 # %% ../nbs/00a_figures.ipynb #f2f91cde
+#| code-fold: true
 import base64
 import hashlib
 import html
@@ -16,7 +17,9 @@ import itertools
 import json
 import math
 import re
+import sys
 import zlib
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +78,7 @@ class Display:
         return f"<{type(self).__name__}: {self.title}>"
 
 # %% ../nbs/00a_figures.ipynb #164a53e4
+#| code-fold: true
 BACKGROUND = "var(--pst-color-background,var(--jp-layout-color0,Canvas))"
 FONT = "system-ui,-apple-system,Segoe UI,Roboto,Helvetica Neue,Arial,sans-serif"
 
@@ -129,9 +133,10 @@ class Drawing(Display):
 
     def save(self, path) -> None:
         """Write the figure with its title; the suffix decides: .svg, .png, .pdf."""
+        figure = deepcopy(self.figure)            # the page's figure stays as it is
         with rc_context(STYLE):
-            self.figure.suptitle(self.title, x=0.01, ha="left", weight="bold")
-            self.figure.savefig(path)
+            figure.suptitle(self.title, x=0.01, ha="left", weight="bold")
+            figure.savefig(path)
 
 # %% ../nbs/00a_figures.ipynb #d040b068
 def canvas(
@@ -149,24 +154,24 @@ def canvas(
 def use_style() -> None:
     """Give this notebook's own pyplot figures the book's style, as inline SVG."""
     rcParams.update(STYLE)
-    try:
-        from IPython import get_ipython
-    except ImportError:
+    shell = "IPython" in sys.modules and sys.modules["IPython"].get_ipython()
+    if not shell:
         return                                # a script: the style is all
-    if (shell := get_ipython()) is not None:
-        from matplotlib import pyplot
-        pyplot.switch_backend(pyplot.get_backend())     # it meets IPython, then we do
-        formatters = shell.display_formatter.formatters
-        formatters["image/png"].pop(Figure, None)
-        formatters["text/html"].for_type(Figure, lambda f: Drawing(f)._repr_html_())
+    from matplotlib import pyplot
+    pyplot.switch_backend(pyplot.get_backend())         # sets its formats: we go last
+    formatters = shell.display_formatter.formatters
+    formatters["image/png"].pop(Figure, None)
+    formatters["text/html"].for_type(Figure, lambda f: Drawing(f)._repr_html_())
 
 # %% ../nbs/00a_figures.ipynb #cfe65091
-def _numbers(values, name: str) -> np.ndarray:
+def _numbers(values, name: str, axes: int = None) -> np.ndarray:
     if hasattr(values, "detach"):
         values = values.detach().float().cpu()
     array = np.asarray(values, dtype=float)
     if array.size == 0:
         raise ValueError(f"{name} is empty: there is nothing to draw")
+    if axes is not None and array.ndim != axes:
+        raise ValueError(f"{name} has {array.ndim} axes, not {axes}: {array.shape}")
     return array
 
 
@@ -182,21 +187,13 @@ def _label_ends(ax, ends: list) -> None:
     steps = np.arange(len(wish)) * 12.5                 # a line of text, in points
     place = np.maximum.accumulate(wish - steps) + steps     # upwards only,
     place += np.mean(wish - place)                      # and back to the middle
-    place = np.maximum.accumulate(place - steps) + steps
     for i, y in zip(order, place):
         notes[i].set_position((7, y - at[i]))
 
-
-def _references(ax, named: dict) -> None:
-    """Dashed vertical lines with their names above."""
-    for label, at in (named or {}).items():
-        ax.axvline(at, color=INK, linewidth=1, dashes=(4, 3))
-        ax.annotate(label, (at, 1), (4, 0), xycoords=("data", "axes fraction"),
-                    textcoords="offset points", va="center", color=INK)
-
 # %% ../nbs/00a_figures.ipynb #e121f88d
-def _draw(ax, x, series: dict, band: dict, marker: str) -> list:
-    """Draw every series; returns (label, last x, last y, colour) of each."""
+#| code-fold: true
+def _draw(ax, x, series: dict, band: dict, marker: str, levels: dict) -> list:
+    """Draw series and levels; returns (label, last x, last y, colour) of each."""
     if not series:
         raise ValueError("series is empty: pass {label: values}")
     ends = []
@@ -213,7 +210,19 @@ def _draw(ax, x, series: dict, band: dict, marker: str) -> list:
         good = np.flatnonzero(np.isfinite(y))
         if len(good):
             ends.append((str(label), at[good[-1]], y[good[-1]], color))
+    right = max((end[1] for end in ends), default=0)
+    for label, y in levels.items():
+        ax.axhline(y, color=INK, linewidth=1, dashes=(4, 3))
+        ends.append((label, right, y, INK))
     return ends
+
+
+def _references(ax, named: dict) -> None:
+    """Dashed vertical lines with their names above."""
+    for label, at in (named or {}).items():
+        ax.axvline(at, color=INK, linewidth=1, dashes=(4, 3))
+        ax.annotate(label, (at, 1), (4, 0), xycoords=("data", "axes fraction"),
+                    textcoords="offset points", va="center", color=INK)
 
 
 def _log_axes(ax, log: str) -> None:
@@ -247,11 +256,7 @@ def lines(
     figure, ax = canvas(height)
     with rc_context(STYLE):
         ax.margins(x=0.01)
-        ends = _draw(ax, x, series, band or {}, marker)
-        right = max((x for _, x, *_ in ends), default=0)
-        for label, y in (reference or {}).items():
-            ax.axhline(y, color=INK, linewidth=1, dashes=(4, 3))
-            ends.append((label, right, y, INK))
+        ends = _draw(ax, x, series, band or {}, marker, reference or {})
         _references(ax, vertical)
         ax.set(xlabel=xlabel, ylabel=ylabel, **({"ylim": ylim} if ylim else {}))
         _log_axes(ax, log)
@@ -262,27 +267,27 @@ def lines(
     return Drawing(figure, said, title)
 
 # %% ../nbs/00a_figures.ipynb #2c64f563
-def _matrix(ax, matrix, top=None, hidden=None, most=1.0) -> np.ndarray:
-    """Draw a matrix on `ax`; returns its values, with NaN where they are hidden."""
-    values = _numbers(matrix, "matrix")
-    if values.ndim != 2:
-        raise ValueError(f"matrix has {values.ndim} axes, a heat map needs 2")
+def _matrix(ax, matrix, top=None, hidden=None, form: str = "") -> None:
+    """Draw a matrix on `ax`, fainter if its values are written into the cells."""
+    values = _numbers(matrix, "matrix", axes=2)
     mask = np.zeros(values.shape, bool) if hidden is None else np.array(hidden, bool)
     if mask.shape != values.shape:
         raise ValueError(f"hidden is {mask.shape}, the matrix {values.shape}")
     mask |= ~np.isfinite(values)
     values = np.where(mask, 0, values)
     top = top or np.abs(values).max() or 1.0
+    most = 255 * (0.6 if form else 1)                   # so that ink can be read
     rgba = np.zeros((*values.shape, 4), np.uint8)
     for sign, color in ((values >= 0, HEAT["plus"]), (values < 0, HEAT["minus"])):
         rgba[sign, :3] = [int(color[i:i + 2], 16) for i in (1, 3, 5)]
-    rgba[..., 3] = np.round(255 * most * np.clip(np.abs(values) / top, 0, 1))
+    rgba[..., 3] = np.round(most * np.clip(np.abs(values) / top, 0, 1))
     rgba[mask] = (123, 123, 123, 30)
     ax.imshow(rgba, interpolation="none", aspect="auto")
     ax.grid(False)
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
-    return np.where(mask, np.nan, values)
+    for i, j in np.argwhere(~mask) if form else ():
+        ax.text(j, i, format(values[i, j], form), ha="center", va="center")
 
 # %% ../nbs/00a_figures.ipynb #afa6e65f
 def heatmap(
@@ -303,13 +308,11 @@ def heatmap(
     form = ".2f" if annotate is True else annotate or ""
     figure, ax = canvas(height or min(5.5, max(1.5, 0.32 * n + 0.9)))
     with rc_context(STYLE):
-        values = _matrix(ax, matrix, vmax, hidden, most=0.6 if form else 1.0)
+        _matrix(ax, matrix, vmax, hidden, form)
         for names, axis in ((rows, ax.yaxis), (columns, ax.xaxis)):
             if names is not None:
                 axis.set_ticks(range(len(names)), [str(s) for s in names])
         ax.set(xlabel=xlabel, ylabel=ylabel)
-        for i, j in np.argwhere(np.isfinite(values)) if form else ():
-            ax.text(j, i, format(values[i, j], form), ha="center", va="center")
         if n == m:
             ax.set(aspect="equal", anchor="W")
     said = f"Heat map, {n} by {m}. {title}. {ylabel} by {xlabel}."
@@ -326,26 +329,34 @@ def grid(
     hidden=None,          # boolean matrix of cells that do not count, the same for all
 ) -> Drawing:
     """Small heat maps on one scale, so that panels can be compared."""
-    panels = [_numbers(m, "matrix") for m in matrices]
+    panels = [_numbers(m, "matrix", axes=2) for m in matrices]
     names = [""] * len(panels) if titles is None else [str(t) for t in titles]
     if not panels or len(names) != len(panels):
         raise ValueError(f"{len(names)} titles for {len(panels)} matrices")
-    if any(m.ndim != 2 for m in panels):
-        raise ValueError(f"panels need 2 axes, got shapes {[m.shape for m in panels]}")
     top = vmax or max(np.abs(m[np.isfinite(m)]).max(initial=0) for m in panels)
     high = 7 / columns * max(m.shape[0] / m.shape[-1] for m in panels) + 0.3
     count = -(-len(panels) // columns)
     figure, axes = canvas(count * high, count, columns, squeeze=False)
     with rc_context(STYLE):
-        for ax, panel, name in itertools.zip_longest(axes.flat, panels, names):
-            if panel is None:
-                ax.set_visible(False)
-                continue
+        for ax in axes.flat[len(panels):]:
+            ax.set_visible(False)
+        for ax, panel, name in zip(axes.flat, panels, names):
             _matrix(ax, panel, top, hidden)
             ax.set(xticks=[], yticks=[], box_aspect=panel.shape[0] / panel.shape[1])
             ax.set_title(name, fontsize=9.5, fontweight="normal", pad=4)
     said = f"{len(panels)} heat maps. {title}. {', '.join(names)}"
     return Drawing(figure, said, title)
+
+# %% ../nbs/00a_figures.ipynb #a3e7f150
+def _bar(ax, at, value, text: str, error, faint) -> None:
+    """One bar from zero; its value stands beyond its end, or beyond its error bar."""
+    side = 1 if value >= 0 else -1
+    ax.barh(at, value, 0.62, color=PALETTE["blue"], alpha=0.45 if faint else 1,
+            xerr=error, ecolor=INK, error_kw={"elinewidth": 1, "capsize": 2})
+    ax.annotate(text, (value + side * (error or 0), at), (5 * side, 0),
+                textcoords="offset points", va="center",
+                ha="left" if side > 0 else "right",
+                bbox={"facecolor": PAPER, "linewidth": 0, "pad": 0.6})
 
 # %% ../nbs/00a_figures.ipynb #6d0d0bcf
 def bars(
@@ -366,14 +377,8 @@ def bars(
     figure, ax = canvas(0.34 * len(values) + 0.8)
     with rc_context(STYLE):
         for i, (name, value) in enumerate(zip(values, numbers)):
-            error, side = (errors or {}).get(name), 1 if value >= 0 else -1
-            ax.barh(i, value, 0.62, color=PALETTE["blue"], xerr=error, ecolor=INK,
-                    alpha=1 if not highlight or name in highlight else 0.45,
-                    error_kw={"elinewidth": 1, "capsize": 2})
-            ax.annotate(f"{value:{form}}{unit}", (value + side * (error or 0), i),
-                        (5 * side, 0), textcoords="offset points", va="center",
-                        ha="left" if side > 0 else "right",
-                        bbox={"facecolor": PAPER, "linewidth": 0, "pad": 0.6})
+            faint = highlight and name not in highlight
+            _bar(ax, i, value, f"{value:{form}}{unit}", (errors or {}).get(name), faint)
         ax.set(yticks=range(len(values)), yticklabels=map(str, values), xlabel=xlabel)
         ax.invert_yaxis()
         ax.grid(False)
@@ -429,7 +434,7 @@ def word_bars(
     if not np.isfinite(values).all() or (values < 0).any():
         raise ValueError("values must be finite and at least 0")
     cell = "display:inline-block;vertical-align:top;text-align:center;margin:.2em .18em"
-    bar = f"display:block;min-width:1.9em;background:{HEAT['plus']};height:"
+    bar = f"display:block;width:1.9em;margin:auto;background:{HEAT['plus']};height:"
     out, top = "", vmax or values.max() or 1
     for word, value in zip(words, values):
         shown = html.escape(word.replace("\n", "↵").strip() or "␣")
@@ -440,6 +445,7 @@ def word_bars(
     return Display(f"<div>{out}</div>{note}", title)
 
 # %% ../nbs/00a_figures.ipynb #01d6819f
+#| code-fold: true
 def _place(rows: list) -> dict:
     """Name -> (row, middle x, middle y, half width, half height, lines of text)."""
     place, y, columns = {}, 10, max(map(len, rows))
@@ -469,6 +475,7 @@ def _box(_, x, y, wide, tall, text: list, accent: bool) -> str:
     return out
 
 # %% ../nbs/00a_figures.ipynb #bb36438e
+#| code-fold: true
 def _arrow(place: dict, start: str, end: str, note: str = "") -> str:
     """A straight arrow to a neighbour, or a curve round what lies between; its note."""
     (r, x0, y0, w0, h0, _), (s, x1, y1, w1, h1, _) = place[start], place[end]
@@ -637,14 +644,12 @@ D.tokens.forEach((_, t) => {
 });
 const cell = e => [e.offsetY / big.clientHeight, e.offsetX / big.clientWidth]
   .map(x => Math.min(T - 1, Math.max(0, Math.floor(x * T))));
-big.onmousemove = e => tell(...cell(e));
-big.onclick = e => follow(cell(e)[0]);
+big.onmousemove = e => tell(...cell(e)); big.onclick = e => follow(cell(e)[0]);
 const keys = (box, all, now, n, go) => box.onkeydown = e => {
   const to = now() + {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -n, ArrowDown: n}[e.key];
   if (all[to]) { e.preventDefault(); go(to); all[to].focus(); }
 };
-keys(heads, B, () => l * H + h, H, pick);
-keys(words, K, () => q, 1, follow);
+keys(heads, B, () => l * H + h, H, pick); keys(words, K, () => q, 1, follow);
 pick(l * H + h);
 """
 
@@ -680,6 +685,15 @@ def attention_view(
     return shown
 
 # %% ../nbs/00a_figures.ipynb #2c5ed7a8
+#| code-fold: true
+TABLE_STYLE = (
+    "<style>.gbt{border-collapse:collapse;width:100%;min-width:34rem;color:inherit;"
+    "margin:0 0 .4em}.gbt :is(th,td){text-align:left!important;vertical-align:top;"
+    "padding:.35em .6em;background:none!important;color:inherit;border:0;"
+    "border-bottom:1px solid #8886}.gbt th{border-bottom:2px solid currentColor}"
+    "</style>")
+
+
 def _provenance(result: dict) -> str:
     """One line: the command, the machine, the versions, the date."""
     machine, versions = result.get("machine", {}), result.get("versions", {})
@@ -699,7 +713,7 @@ def _cell(value) -> str:
     marks = {"true": "✓ ", "false": "✗ ", "partly": "◐ ", "open": "○ "}
     return marks.get(re.split(r"\W", text.lower())[0], "") + html.escape(text)
 
-
+# %% ../nbs/00a_figures.ipynb #40f6c2d8
 def claims_table(
     claims,        # rows (claim, this machine, H200, verdict), or dicts of these
     results=(),    # result files that the numbers come from: paths, or loaded
@@ -718,11 +732,3 @@ def claims_table(
     notes = "".join(map(_provenance, loaded))[4:]           # without the first <br>
     return Display(f'<table class="gbt"><thead><tr>{head}</tr></thead>'
                    f"<tbody>{body}</tbody></table>{notes}{TABLE_STYLE}")
-
-
-TABLE_STYLE = (
-    "<style>.gbt{border-collapse:collapse;width:100%;min-width:34rem;color:inherit;"
-    "margin:0 0 .4em}.gbt :is(th,td){text-align:left!important;vertical-align:top;"
-    "padding:.35em .6em;background:none!important;color:inherit;border:0;"
-    "border-bottom:1px solid #8886}.gbt th{border-bottom:2px solid currentColor}"
-    "</style>")

@@ -60,9 +60,7 @@ def theme(name):
 def test_the_page_speaks_of_the_themes_that_the_site_has():
     source = "".join("".join(c["source"]) for c in
                      json.loads((ROOT / "nbs/00a_figures.ipynb").read_text())["cells"])
-    (light, ink), (dark, dark_ink) = theme("light"), theme("dark")
-    assert f'LIGHT, DARK = "{light}", "{dark}"' in source
-    assert f'{{LIGHT: "{ink}", DARK: "{dark_ink}"}}' in source
+    assert f'LIGHT, DARK = "{theme("light")[0]}", "{theme("dark")[0]}"' in source
 
 
 @pytest.mark.parametrize("name", ["light", "dark"])
@@ -71,6 +69,38 @@ def test_every_colour_stands_out_from_both_pages(name):
     for color in [*PALETTE.values(), *HEAT.values(), INK]:
         assert contrast(color, page) >= 3, (color, page)
     assert contrast("#f0e442", theme("light")[0]) < 3        # the check can fail
+
+
+def mixed(a, b, share):
+    """Two colours mixed as a browser does it in sRGB, for `color-mix` and for opacity."""
+    pairs = [(int(a[i:i + 2], 16), int(b[i:i + 2], 16)) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(share * x + (1 - share) * y):02x}" for x, y in pairs)
+
+
+@pytest.mark.parametrize("name", ["light", "dark"])
+def test_coloured_words_can_be_read(name):
+    page, ink = theme(name)
+    drawing = lines(None, {str(i): [i, i] for i in range(len(PALETTE))}, title="T")
+    words = re.findall(r"<text[^>]*fill: color-mix\(in srgb, (#\w{6}) (\d+)%, currentColor\)",
+                       drawing.body)
+    assert [color for color, _ in words] == list(PALETTE.values())
+    for color, percent in words:
+        assert contrast(mixed(color, ink, int(percent) / 100), page) >= 4.5, color
+    assert min(contrast(color, page) for color, _ in words) < 4.5    # it needs the ink
+
+
+@pytest.mark.parametrize("name", ["light", "dark"])
+def test_numbers_in_cells_can_be_read(name):
+    page, ink = theme(name)
+
+    def faintest(annotate):
+        shown = heatmap(np.linspace(-1, 1, 41)[None], title="T", annotate=annotate)
+        cells = pixels(shown).reshape(-1, 4).tolist()
+        colors = ["#" + "".join(f"{v:02x}" for v in cell[:3]) for cell in cells]
+        return min(contrast(mixed(color, page, cell[3] / 255), ink)
+                   for color, cell in zip(colors, cells))
+
+    assert faintest(True) >= 4.5 > faintest(False)
 
 
 # ---- inline SVG ------------------------------------------------------------------------
@@ -142,6 +172,14 @@ def test_helpers_leave_matplotlib_as_it_was(tmp_path):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
     assert dict(matplotlib.rcParams) == before
     assert "matplotlib.pyplot" not in vars(figures)
+
+
+def test_a_saved_figure_has_its_title_and_the_page_keeps_its_own(tmp_path):
+    fresh, saved = (lines(None, {"a": [1, 2], "b": [2, 1]}, title="Found") for _ in "ab")
+    for _ in range(2):
+        saved.save(tmp_path / "figure.svg")
+        assert texts((tmp_path / "figure.svg").read_text()).count("Found") == 1
+    assert saved.body == fresh.body and "Found" not in texts(fresh.body)
 
 
 def test_importing_the_package_imports_no_matplotlib():
@@ -276,6 +314,7 @@ def test_odd_values_give_a_picture_or_a_value_error(name, value):
     (lambda: heatmap(np.ones(3), title="T"), "1 axes"),
     (lambda: heatmap(np.ones((2, 2)), title="T", hidden=[[True]]), r"\(1, 1\).*\(2, 2\)"),
     (lambda: grid([np.ones((2, 2))], titles=["a", "b"]), "2 titles for 1"),
+    (lambda: grid([np.ones((2, 2)), np.ones(3)]), r"1 axes, not 2: \(3,\)"),
     (lambda: bars({}, title="T"), "values is empty"),
     (lambda: spans("abc", [(1, 9, "x")]), "1:9.*3 characters"),
     (lambda: spans("abc", [(2, 1, "x")]), "2:1.*3 characters"),
@@ -329,6 +368,11 @@ def test_word_bars_show_each_word_with_its_number(pairs):
     tall = [float(v) for v in re.findall(r"height:([\d.]+)em", shown)]
     top = max(values) or 1
     assert all(abs(t - 2.6 * (v / top)) < 0.006 for t, v in zip(tall, values))
+
+
+def test_word_bars_differ_in_height_alone():
+    shown = word_bars(["a", "incomprehensibly"], [1, 1]).body
+    assert re.findall(r"[\w-]*width:[\d.]+em", shown) == ["width:1.9em"] * 2
 
 
 def test_two_strips_of_word_bars_can_share_a_scale():
