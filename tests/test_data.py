@@ -27,8 +27,9 @@ from gptbook import data
 from gptbook.data import (
     BOMS, CHUNK, END_OF_TEXT, Corpus, DataError, PairIndex, TokenDataset, Tokenizer,
     Vocabulary, Windows, between_words, cache_folder, check_ids, check_split,
-    check_vocabulary, count_pieces, download, encode_naive, file_encoding, file_part,
-    gpt2_alphabet, gpt2_merges, gpt2_tokenizer, learn_merges, listed, merge_by_rank,
+    check_vocabulary, count_pieces, cut_windows, download, encode_naive, epoch_starts,
+    file_encoding, file_part, gpt2_alphabet, gpt2_merges, gpt2_tokenizer, learn_merges, listed,
+    merge_by_rank, merge_pair,
     pattern_named, python_stdlib, read_chunks, require, shakespeare, source_files,
     split_pieces, text_file, tokenize, train_bpe, valid_parts, vocabulary_fields,
     window_starts, without_long_runs,
@@ -139,20 +140,20 @@ def naive_merges(pieces, n_merges):
     return merges
 
 
-def rust_tokens(pieces, n_merges):
+def rust_merges(pieces, n_merges):
     trainer = BpeTrainer(vocab_size=256 + n_merges, min_frequency=2, show_progress=False,
                          initial_alphabet=[chr(b) for b in range(256)])
     rust = RustTokenizer(BPE())
     rust.train_from_iterator((p.decode("latin-1") for p in pieces.elements()), trainer)
-    vocabulary = rust.get_vocab()
-    return [t.encode("latin-1") for t in sorted(vocabulary, key=vocabulary.get)]
+    merges = json.loads(rust.to_str())["model"]["merges"]
+    return [tuple(t.encode("latin-1") for t in pair) for pair in merges]
 
 
 few_letters = st.dictionaries(
     st.text("aab ", min_size=1, max_size=12).map(str.encode), st.integers(1, 9), max_size=8)
 
 
-@covers(learn_merges, PairIndex)
+@covers(learn_merges, PairIndex, merge_pair)
 @given(few_letters.map(Counter), st.integers(0, 30))
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_fast_trainer_equals_naive(pieces, n_merges):
@@ -171,7 +172,8 @@ def test_the_index_counts_what_is_there(pieces):
         assert +index.counts == true
         if not true:
             break
-        index.merge(max(true, key=true.get), new)
+        arisen = merge_pair(index, max(true, key=true.get), new)
+        assert {pair for pair in +index.counts if new in pair} <= arisen
 
 
 def test_trainer_comparison_can_fail(python, monkeypatch):
@@ -186,12 +188,48 @@ def test_trainer_equals_rust_on_real_text(python):
     pieces = count_pieces(python.documents("train"))
     ours = train_bpe(python.documents("train"), 257 + 1500)
     assert ours.n_vocab == 1757
-    assert rust_tokens(pieces, 1500) == list(ours.ranks)
+    tokens = list(ours.ranks)
+    pairs = [(tokens[a], tokens[b]) for a, b in learn_merges(pieces, 1500)]
+    assert rust_merges(pieces, 1500) == pairs
+    assert tokens[256:] == [a + b for a, b in pairs]
 
 
 def test_trainer_equals_naive_on_real_text(python):
     pieces = count_pieces(python.text("train", 40_000))
     assert learn_merges(pieces, 120) == naive_merges(pieces, 120)
+
+
+def replay(piece, merges):
+    """Encode by the list of merges, in their order, with no table of tokens."""
+    ids = list(piece)
+    for new, pair in enumerate(merges, 256):
+        i = 0
+        while i < len(ids) - 1:
+            if (ids[i], ids[i + 1]) == pair:
+                ids[i : i + 2] = [new]
+            i += 1
+    return ids
+
+
+@given(few_letters.map(Counter), st.text("ab ", max_size=20).map(str.encode))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_the_table_of_ranks_needs_no_list_of_merges(pieces, piece):
+    merges = learn_merges(pieces, 40)
+    tokens = [bytes([b]) for b in range(256)]
+    for a, b in merges:
+        tokens.append(tokens[a] + tokens[b])
+    ranks = {token: i for i, token in enumerate(tokens)}
+    assert len(ranks) == len(tokens)
+    assert merge_by_rank(piece, ranks) == replay(piece, merges)
+    for known in pieces:  # training and encoding end with the same ids
+        assert merge_by_rank(known, ranks) == replay(known, merges)
+
+
+def test_a_run_is_counted_as_often_as_it_is_uncounted():
+    index = PairIndex(Counter({b"aaaa": 3}))
+    assert index.counts == {(97, 97): 9}
+    assert merge_pair(index, (97, 97), 256) == {(256, 256), (256, 97)}
+    assert +index.counts == {(256, 256): 3}
 
 
 def test_a_text_without_spaces_trains_in_time():
@@ -775,6 +813,32 @@ def test_plain_text(n, context, rows, seed):
             start = seen[step * rows + row]
             assert (inputs[row].numpy() == ids[start : start + T]).all()
             assert (targets[row].numpy() == ids[start + 1 : start + T + 1]).all()
+
+
+@covers(cut_windows)
+@given(st.integers(2, 30), st.integers(1, 9), st.data())
+@few
+def test_cut_windows_says_each_target_and_hides_the_rest(n, context, draw):
+    ids = np.arange(100, 100 + n)
+    start = draw.draw(st.integers(0, n - 1))
+    stop = draw.draw(st.integers(start, n + 5))
+    inputs, targets = cut_windows(ids, np.array([start]), np.array([stop]), context)
+    for place in range(context):
+        at = start + place
+        assert inputs[0, place] == ids[min(at, n - 1)]
+        assert targets[0, place] == (ids[at + 1] if at < min(stop, n - 1) else -100)
+
+
+@covers(epoch_starts)
+@given(st.integers(2, 300), st.integers(1, 9), st.integers(0, 5), st.integers(0, 5))
+@few
+def test_order_is_kept_and_equal_to_a_fresh_one(n, context, seed, epoch):
+    data_ = TokenDataset(range(n), context, 2, shrink=True)
+    fresh = epoch_starts(data_, seed, epoch).tolist()
+    for other in (epoch, epoch + 1, epoch + 2, epoch):
+        data_.order(seed, other)
+    assert data_.order(seed, epoch).tolist() == fresh and len(data_._kept) == 2
+    assert TokenDataset(range(n), context, 2, shrink=True)._kept == {}
 
 
 documents = st.lists(st.integers(0, 14), min_size=1, max_size=12)
