@@ -98,7 +98,9 @@ def assert_differ(a, b):
     dict(steps=0), dict(steps=2.5), dict(steps=True), dict(steps="9"), dict(seed=-1),
     dict(learning_rate=0), dict(learning_rate=math.nan), dict(learning_rate=math.inf),
     dict(weight_decay=-1), dict(clip_norm=0), dict(clip_norm=math.nan), dict(betas=(0.9,)),
-    dict(betas=(0.9, 1.0)), dict(betas=(-0.1, 0.9)), dict(steps_per_epoch=0),
+    dict(betas=(0.9, 1.0)), dict(betas=(-0.1, 0.9)), dict(betas=("0.9", 0.9)),
+    dict(steps_per_epoch=0), dict(learning_rate="fast"), dict(weight_decay=math.inf),
+    dict(steps=None), dict(clip_norm=True),
     dict(validation_batches=0), dict(validate_every=0), dict(save_every=-3),
     dict(keep_epochs=0), dict(max_bad_steps=0),
 ])
@@ -152,6 +154,13 @@ def test_groups_hold_each_parameter_once():
     ids = [id(p) for g in (matrices, others) for p in g["params"]]
     assert sorted(ids) == sorted(id(p) for p in model.parameters())  # tied: once
     assert id(model.head.weight) in ids and len(set(ids)) == len(ids)
+
+
+def test_norms_and_biases_are_many_tensors_and_few_numbers():
+    model = GPTModel(GPTConfig(2048, 192, 192, 4, 4))
+    matrices, others = (g["params"] for g in parameter_groups(model, 0.1))
+    assert len(others) > len(matrices)
+    assert sum(p.numel() for p in others) < 0.01 * sum(p.numel() for p in model.parameters())
 
 
 def test_frozen_parameters_stay_out():
@@ -295,6 +304,12 @@ def test_a_run_repeats_bit_for_bit():
     assert history.column("loss") != results[0][1].column("loss")
 
 
+def test_gradients_from_before_do_not_reach_the_first_step():
+    model, fresh = a_model(), a_model()
+    compute_gradients(LossModel(model), *DATA.batch(1, 7))
+    assert_same_run(fresh, run(fresh), model, run(model))
+
+
 def test_schedule_counts_updates_and_multiplies_the_rate():
     history = run(a_model(), schedule=half)
     assert history.column("learning_rate")[1] == [3e-3 * half(s) for s in range(12)]
@@ -362,6 +377,15 @@ def test_progress_lines_without_a_terminal(capsys):
     out = capsys.readouterr().out
     assert "step 4 of 12: loss" in out and "validation" in out and "tokens/s" in out
     assert "step 12 of 12" in out and "left" in out
+
+
+@pytest.mark.parametrize("seconds, left", [(59.7, "1:00"), (3.2, "0:03"), (125, "2:05")])
+def test_time_left_has_no_sixtieth_second(capsys, seconds, left):
+    r = training.begin_run(a_model(), DATA, TrainConfig(steps=2))
+    r.step, r.history = 1, History([dict(
+        step=1, loss=1.0, validation_loss=1.0, tokens=64, seconds=seconds)])
+    training.Progress(r)(r)
+    assert f"{left} left" in capsys.readouterr().out
 
 
 def test_callback_may_stop_the_run(capsys):
