@@ -551,6 +551,27 @@ def test_full_disk_says_what_is_needed(tmp_path):
     assert not any(p.is_file() for p in tmp_path.rglob("*"))
 
 
+def test_new_folders_are_synced_by_name(tmp_path):
+    """A power cut must not take a new folder away from under the file in it."""
+    opened, synced = {}, []
+
+    def disk(call, *args):
+        found = call(*args)
+        if call is os.open:
+            opened[found] = Path(args[0])
+        elif call is os.fsync:
+            synced.append(opened[args[0]])
+        return found
+
+    with mock.patch.object(ck, "_disk", disk):
+        atomic_write(tmp_path / "a" / "b" / "file", b"1")
+    assert synced[:2] == [tmp_path, tmp_path / "a"] and synced[-1] == tmp_path / "a" / "b"
+    synced.clear()
+    with mock.patch.object(ck, "_disk", disk):
+        atomic_write(tmp_path / "a" / "b" / "file", b"2")
+    assert tmp_path not in synced and synced[-1] == tmp_path / "a" / "b"
+
+
 def test_places_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for where in (tmp_path / "file" / "m.safetensors", tmp_path / ("x" * 300 + ".safetensors")):
