@@ -1,4 +1,4 @@
-"""The story world: exact probability, ground truth, critic, corpus."""
+"""The story world: its exact bits, ground truth, critic, corpus."""
 import hashlib
 import math
 import random
@@ -6,39 +6,18 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from time import process_time
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from gptbook.grammar import PRONOUNS, tell
 from gptbook.stories import (
-    CORRUPTIONS, GRAMMAR, LEXICON, PRONOUNS, SLOTS, WORDS, Grammar, check_story, corrupt_story,
-    names, probability, questions, read_story, sentences, stem, stories, story, story_bits,
-    story_text, subjects, summary, tell, translate, word_bits,
+    CORRUPTIONS, GRAMMAR, LEXICON, WORDS, check_story, corrupt_story, names, questions, read_story,
+    sentences, stem, stories, story, story_bits, story_text, subjects, summary, translate,
+    word_bits,
 )
-
-LITTLE = Grammar("""
-story = {A} had {a T}.[T.held=A] (|| Hm.)(| {She A} gave {it T} to {B}.[T.held=B])<end>
-end = [T.held==A] {A} kept the {T}.
-  | [T.held==B] Now {B} had {B's} {T}.
-  | [T.held==B] Now {B} had {B's} (|old ){T.}.
-""", {"girl": ("Mia", "Ada"), "boy": ("Leo", "Tom"), "thing": ("drum", "kite"),
-      "color": ("old", "red")}, {"A": "person", "B": "person", "T": "color thing"})
-
-
-def every_derivation(grammar):
-    """(text, probability) of each way through a small grammar."""
-    todo = [()]
-    while todo:
-        path, counts = todo.pop(), []
-
-        def choose(n):
-            counts.append(n)
-            return path[len(counts) - 1] if len(counts) <= len(path) else 0
-        yield tell(grammar, choose), 1 / math.prod(counts)
-        todo += [path + (0,) * (i - len(path)) + (k,)
-                 for i in range(len(path), len(counts)) for k in range(1, counts[i])]
-
 
 @pytest.fixture(scope="module")
 def texts():
@@ -46,30 +25,6 @@ def texts():
 
 
 # Probability -----------------------------------------------------------------------
-def test_probability_equals_brute_force():
-    chances, longest = Counter(), Counter()
-    for text, chance in every_derivation(LITTLE):
-        chances[text] += chance
-        longest[text] = max(longest[text], chance)
-    assert math.isclose(sum(chances.values()), 1)
-    assert sum(longest.values()) < 0.9              # the bug: one derivation for the text
-    for text, chance in chances.items():
-        assert math.isclose(probability(LITTLE, text), chance)
-    for prefix in ("", "Mia", "Leo had an old ", "Ada had a red kite. Hm. She gave it to "):
-        begins = sum(c for text, c in chances.items() if text.startswith(prefix))
-        assert math.isclose(probability(LITTLE, prefix, prefix=True), begins)
-    assert probability(LITTLE, "Mia had an red kite.", prefix=True) == 0
-    assert probability(LITTLE, "Mia had a red kite. Hm.") == 0        # no whole text
-
-
-def test_monte_carlo_agrees():
-    draw = random.Random(0).randrange
-    counts = Counter(tell(LITTLE, draw) for _ in range(20_000))
-    for text, count in counts.most_common(40):
-        expected = 20_000 * probability(LITTLE, text)
-        assert abs(count - expected) < 5 * math.sqrt(expected)
-
-
 def test_story_bits_agree_with_the_choices():
     """The text is as likely as its derivation, or likelier where an option is empty twice."""
     equal = 0
@@ -248,21 +203,78 @@ def test_three_people_and_five_objects():
     assert people >= 3 and objects >= 4
 
 
-@pytest.mark.xfail(reason="open: fails today, see the closing note")
+STEMS = """added:add asked:ask believed:believe blinked:blink brushed:brush called:call
+cheered:cheer clapped:clap climbed:climb closed:close cooked:cook counted:count cracked:crack
+crawled:crawl cried:cry danced:dance decided:decide dreamed:dream dropped:drop finished:finish
+followed:follow found:find giggled:giggle grabbed:grab hammered:hammer helped:help hopped:hop
+hugged:hug hurried:hurry is:be jumped:jump kissed:kiss laughed:laugh licked:lick liked:like
+lived:live looked:look loved:love marched:march missed:miss nodded:nod opened:open packed:pack
+painted:paint passed:pass peeked:peek picked:pick played:play pointed:point poked:poke
+practiced:practice pulled:pull pushed:push put:put raced:race read:read shared:share
+shouted:shout showed:show sighed:sigh skipped:skip smelled:smell smiled:smile sneezed:sneeze
+stayed:stay stirred:stir stopped:stop swallowed:swallow talked:talk tapped:tap tasted:taste
+tied:tie tiptoed:tiptoe traded:trade tried:try tripped:trip turned:turn waited:wait walked:walk
+wanted:want washed:wash watched:watch whispered:whisper wondered:wonder worked:work
+wrapped:wrap yawned:yawn"""
+
+
+def test_stems():
+    """Every regular verb that the stories mark, by hand."""
+    table = dict(pair.split(":") for pair in STEMS.split())
+    assert {verb: stem(verb) for verb in table} == table
+    marked = {told.text[a:b] for told in (story(9, i) for i in range(1000))
+              for _, (a, b) in subjects(told)}
+    assert {verb for verb in marked if verb.endswith("ed")} <= set(table)
+    assert "blinked" in marked and "only" not in marked
+
+
 def test_translation():
     assert len(set(LEXICON.values())) == len(LEXICON)
-    assert (stem("found"), stem("hurried"), stem("danced"), stem("stopped")) == (
-        "find", "hurry", "dance", "stop")
-    for index in range(100):
+    assert all(re.fullmatch("([ptkmnlsv][aeiou]){2}", word) for word in LEXICON.values())
+    assert not {"t", "y"} & set(LEXICON)              # letters of variables are no words
+    known, people = set(LEXICON.values()), set(WORDS["girl"] + WORDS["boy"])
+    for index in range(300):
         told = story(9, index)
         other = translate(told)
         assert re.findall(r"[.!?,\"]", other) == re.findall(r"[.!?,\"]", told.text)
-        strange = set(re.findall(r"[a-z]+", other)) - set(LEXICON.values())
-        assert all(word.endswith(("ta", "na")) for word in strange)
         assert not re.search(r"  | [.,!?]", other)
-    told = next(t for t in (story(9, i) for i in range(99)) if "The cat sat" in t.text)
-    first = translate(told).split(".")[0].split()
-    assert first[0].lower() == LEXICON["cat"] and first[-1] == LEXICON["sit"] + "ta"
+        named = Counter()
+        for word in re.findall(r"[A-Za-z]+", other):
+            name = word if word in people else word.removesuffix("na")
+            if name in people:
+                named[name] += 1
+            else:                                     # a word, or a verb in the past
+                assert word.lower() in known or (
+                    word[-2:] == "ta" and word[:-2].lower() in known), word
+        assert named == {name: len(spans) for name, spans in names(told).items()}
+        for before in re.findall(r"(.{1,2})\b(?!(?:%s)(?:na)?\b)[A-Z]" % "|".join(people), other):
+            assert re.search(r'[.!?"] ?$', before), other      # no capital inside a sentence
+
+
+PIECE = re.compile(r'[^.!?,"]+')                    # punctuation stays where it is
+
+
+def find_piece(english, seed=9):
+    """The translation of what stands between two signs and begins with some words."""
+    for index in range(4000):
+        told = story(seed, index)
+        for piece, other in zip(PIECE.findall(told.text), PIECE.findall(translate(told))):
+            if piece.strip().startswith(english):
+                return other.lower().split()
+    raise LookupError(english)
+
+
+@pytest.mark.parametrize("english, words", [
+    ("The cat sat on the mat", "cat on mat sit+ta"),
+    ("It was a sunny day", "it day sunny be+ta"),              # the adjective follows
+    ("The wind was strong", "wind strong be+ta"),
+    ("It was not under the bed", "it not under bed be+ta"),
+    ("You are the best", "you are best"),
+    ("Rain is good for you", "rain is good for you")])         # "good" before no noun
+def test_word_order(english, words):
+    expected = ["".join(LEXICON.get(part, part) for part in word.split("+"))
+                for word in words.split()]
+    assert find_piece(english)[:len(expected)] == expected
 
 
 # Critic ----------------------------------------------------------------------------
@@ -308,18 +320,21 @@ def test_critic_agrees_with_the_probability(texts):
         assert (check_story(mixed) == []) == (story_bits(mixed) < math.inf), mixed
 
 
-@pytest.mark.xfail(reason="open: fails today, see the closing note")
 def test_critic_finds_two_faults_and_an_alien_sentence():
-    told = next(t for t in (story(12, i) for i in range(99)) if t.notes[0]["plot"] == "lost")
-    spans = names(told)[told.notes[0]["A"]]
-    pronoun = next(p for p in told.pronouns if p.names == (told.notes[0]["B"],))
-    text = told.text
-    start, end = spans[-1]
-    wrong = text[:start] + "Zarathustra" + text[end:]
-    fix = {"she": "he", "he": "she", "She": "He", "He": "She", "her": "his", "his": "her",
-           "him": "her", "Her": "His", "His": "Her"}[text[pronoun.start:pronoun.end]]
-    wrong = wrong[:pronoun.start] + fix + wrong[pronoun.end:]
-    assert {p.kind for p in check_story(wrong)} == {"unknown_name", "wrong_pronoun"}
+    told, pronoun = next(
+        (t, p) for t in (story(12, i) for i in range(99)) for p in t.pronouns
+        if t.notes[0]["plot"] == "lost" and p.names == (t.notes[0]["B"],))
+    text, (start, end) = told.text, names(told)[told.notes[0]["A"]][-1]
+    other = {"she": "he", "he": "she", "her": "his", "his": "her", "him": "her"}
+    fix = other[text[pronoun.start:pronoun.end].lower()]
+    fix = fix.capitalize() if text[pronoun.start].isupper() else fix
+    wrong = text
+    for a, b, word in sorted([(start, end, "Zarathustra"), (pronoun.start, pronoun.end, fix)],
+                             reverse=True):            # from the end, so places stay
+        wrong = wrong[:a] + word + wrong[b:]
+    problems = check_story(wrong)
+    assert {p.kind for p in problems} == {"unknown_name", "wrong_pronoun"}
+    assert {wrong[p.start:p.end] for p in problems} == {"Zarathustra", fix}
     cut = sentences(text)[2][0]
     alien = text[:cut] + "The tax office wrote a letter. " + text[cut:]
     problems = check_story(alien)
@@ -355,15 +370,24 @@ def test_corrupting_needs_a_known_kind_and_a_story():
         story(0, 0), "wrong_pronoun", 3)
 
 
-# Grammar and corpus ----------------------------------------------------------------
-@pytest.mark.parametrize("source, message", [
-    ("story = {a thing}.", "cannot be read"), pytest.param(
-        "story = (a|b.))", "not open", marks=pytest.mark.xfail(reason="open: fails today"))])
-def test_a_wrong_grammar_is_refused(source, message):
-    with pytest.raises(ValueError, match=message):
-        Grammar(source, WORDS, SLOTS)
+@pytest.mark.parametrize("make", [
+    lambda draw, words, parts: " ".join(draw.choices(words, k=400)),
+    lambda draw, words, parts: "".join(draw.choices("abcdefgh .,!\"", k=2000)),
+    lambda draw, words, parts: " ".join(draw.sample(parts, 30)),
+    lambda draw, words, parts: "Once upon a time there was a little girl named Lily. " * 40,
+    lambda draw, words, parts: "A" * 100_000, lambda draw, words, parts: ". " * 1000,
+], ids=["words", "letters", "sentences", "repeats", "one word", "stops"])
+def test_garbage_gets_a_quick_answer(make, texts):
+    """What an untrained model writes is judged in far less than a second."""
+    words = [word for text in texts for word in text.split()]
+    parts = [text[a:b].strip() for text in texts for a, b in sentences(text)]
+    start = process_time()
+    for seed in range(5):
+        assert check_story(make(random.Random(seed), words, parts))
+    assert process_time() - start < 5
 
 
+# Corpus ----------------------------------------------------------------------------
 def test_corpus():
     corpus = stories(60, seed=5, validation=30)
     train, held_out = (list(corpus.documents(s)) for s in ("train", "validation"))
