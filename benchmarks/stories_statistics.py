@@ -3,9 +3,10 @@
     python benchmarks/stories_statistics.py            # 2,000 stories, a few minutes
     python benchmarks/stories_statistics.py --stories 300
 
-One process, one core, times in processor time. The entropy is the mean of exact −log2 P(text), with two standard
-errors; a corrupted story counts as flagged if the critic names any problem, as placed if a
-problem touches the place that was changed, as named if one also calls it by its kind.
+One process, one core, times in processor time. The entropy is the mean of exact −log2
+P(text), with two standard errors; a corrupted story counts as flagged if the critic
+names any problem, as placed if a problem touches the place that was changed, as named
+if one also calls it by its kind.
 """
 import argparse
 import math
