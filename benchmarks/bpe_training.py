@@ -29,9 +29,9 @@ from tokenizers import decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from gptbook.data import (
-    END_OF_TEXT, TokenDataset, count_pieces, encode_naive, learn_merges, python_stdlib,
-    text_file, train_bpe,
+from gptbook.data import TokenDataset, python_stdlib, text_file
+from gptbook.tokenizer import (
+    END_OF_TEXT, count_pieces, encode_naive, learn_merges, train_bpe,
 )
 
 VOCAB, REPEATS = 4096, 5

@@ -20,7 +20,7 @@ import torch
 from gptbook import checkpoints as ck
 from gptbook.checkpoints import load_model, load_state
 from gptbook.core import TRANSFORMS, GPTConfig, GPTModel
-from gptbook.data import Tokenizer
+from gptbook.tokenizer import Tokenizer
 
 
 def tiny_model(seed: int = 0, **sizes) -> GPTModel:

@@ -16,9 +16,10 @@ from results_file import command
 
 from gptbook.checkpoints import load_model, save_model
 from gptbook.core import GPTConfig, GPTModel, set_seed
-from gptbook.data import Tokenizer, TokenDataset, tokenize, train_bpe
+from gptbook.data import TokenDataset, tokenize
 from gptbook.schedules import warmup_cosine
 from gptbook.stories import stories
+from gptbook.tokenizer import Tokenizer, train_bpe
 from gptbook.training import TrainConfig, autocast_for, train
 
 DEMO = Path(__file__).resolve().parent.parent / "gptbook" / "models" / "stories.safetensors"

@@ -3,8 +3,8 @@
     import gptbook
     model, tokenizer = gptbook.load_demo()
 
-Each module is one page of the book: `gptbook.core` is the model, `gptbook.data` text and
-tokens, and so on. Importing one gives its technique; importing `gptbook` gives the dozen
+Each module is one page of the book: `gptbook.core` is the model, `gptbook.tokenizer` text
+to tokens, and so on. Importing one gives its technique; importing `gptbook` gives the dozen
 names below. Plots and notebooks need extras: `pip install "gptbook[plots,notebook]"`.
 """
 
@@ -12,9 +12,9 @@ __version__ = "0.1.0"
 
 from gptbook.checkpoints import CheckpointError, load_demo, load_model, save_model
 from gptbook.core import GPTConfig, GPTModel, pick_device, set_seed
-from gptbook.data import Tokenizer, train_bpe
 from gptbook.generation import generate_text
 from gptbook.inference import KVCache
+from gptbook.tokenizer import Tokenizer, train_bpe
 from gptbook.training import TrainConfig, train
 
 __all__ = [

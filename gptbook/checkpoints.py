@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .core import TRANSFORMS, GPTConfig, GPTModel
-from .data import Tokenizer
+from .tokenizer import Tokenizer
 
 # %% ../nbs/00d_checkpoints.ipynb #b8f84cea
 _DTYPES = dict(  # in the order in which safetensors sorts them

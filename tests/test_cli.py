@@ -18,9 +18,9 @@ from gptbook import cli
 from gptbook.checkpoints import load_model, save_model
 from gptbook.cli import Command, commands, explain, main
 from gptbook.core import GPTConfig, GPTModel, set_seed
-from gptbook.data import train_bpe
 from gptbook.generation import generate_text
 from gptbook.stories import corrupt_story, story_text
+from gptbook.tokenizer import train_bpe
 from gptbook.training import PRESETS
 
 ROOT = Path(__file__).parents[1]
