@@ -310,7 +310,7 @@ def corpus_command(data, encoding, number, vocab_size, check):
 # %% ../nbs/11_command_line.ipynb #11b42907
 def measure_corpus(corpus, vocab_size: int, sample: int = 300_000) -> str:
     """Sizes of a corpus, and what byte-pair encoding makes of its beginning."""
-    from gptbook.data import train_bpe
+    from gptbook.tokenizer import train_bpe
 
     told = [corpus.name]
     for split in ("train", "validation"):
@@ -372,7 +372,7 @@ def check_folder(out: Path, resume: bool) -> None:
 # %% ../nbs/11_command_line.ipynb #351fcf4d
 def learn_tokenizer(corpus, vocab_size: int, limit: int = 4_000_000):  # a Tokenizer
     """Byte-pair encoding learned from the first `limit` characters of a corpus."""
-    from gptbook.data import train_bpe
+    from gptbook.tokenizer import train_bpe
 
     def beginning():
         left = limit
@@ -387,7 +387,8 @@ def learn_tokenizer(corpus, vocab_size: int, limit: int = 4_000_000):  # a Token
 
 def read_text(settings: dict, preset, tokenizer=None):
     """The corpus, the tokenizer and the two datasets that settings ask for."""
-    from gptbook.data import TokenDataset, gpt2_tokenizer, tokenize
+    from gptbook.data import TokenDataset, tokenize
+    from gptbook.tokenizer import gpt2_tokenizer
 
     corpus = open_corpus(settings["data"], settings["encoding"], preset.stories)
     if tokenizer is None and settings["tokenizer"] == "gpt2":
@@ -457,7 +458,8 @@ class Job:
 def prepare(settings: dict, saved: dict | None = None) -> Job:
     """Read, tokenize, build and time; `saved` is the run.json of a run to resume."""
     from gptbook.core import GPTModel, init_weights, pick_device, set_seed
-    from gptbook.data import Tokenizer
+    from gptbook.tokenizer import Tokenizer
+    from gptbook.initial_weights import init_copying
     from gptbook.training import PRESETS
 
     device, preset = pick_device(settings["device"]), PRESETS[settings["preset"]]
@@ -472,6 +474,7 @@ def prepare(settings: dict, saved: dict | None = None) -> Job:
     set_seed(settings["seed"])
     job.model = GPTModel(sizes)
     init_weights(job.model, preset.init_std)
+    init_copying(job.model)
     job.model.to(device)
     decide(job, preset, saved)
     return job

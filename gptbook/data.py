@@ -306,10 +306,9 @@ def cut_windows(
     starts: np.ndarray,  # (B,) where each window begins
     stops: np.ndarray,  # (B,) the last place that each asks for
     context_length: int,  # T
-) -> tuple[Tensor, Tensor]:  # (B, <= T), (B, <= T)
-    """Inputs and targets, no longer than the longest row; -100 where none is asked."""
-    longest = min(context_length, (stops - starts).max())
-    at = starts[:, None] + np.arange(longest + 1)  # (B, T + 1)
+) -> tuple[Tensor, Tensor]:  # (B, T), (B, T)
+    """Inputs and targets of windows; -100 where nothing is asked."""
+    at = starts[:, None] + np.arange(context_length + 1)  # (B, T + 1)
     last = len(ids) - 1
     rows = ids[np.minimum(at, last)].astype(np.int64)
     asked = at[:, 1:] <= np.minimum(stops, last)[:, None]
@@ -369,8 +368,14 @@ class Windows:
         """Inputs and targets for validation; -100 where nothing is asked."""
         stops, B = np.append(self.starts[1:], self.n_tokens - 1), self.batch_size
         for i in range(0, len(self.starts), B):
-            yield cut_windows(self.ids, self.starts[i : i + B], stops[i : i + B],
-                              self.context_length)
+            yield self.cut(self.starts[i : i + B], stops[i : i + B])
+
+    def cut(self, starts: np.ndarray, stops: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Rows of T; of documents, rows that are as long as the longest."""
+        width = self.context_length
+        if self.document_end is not None:
+            width = min(width, int((stops - starts).max()))
+        return cut_windows(self.ids, starts, stops, width)
 
 # %% ../nbs/00b_data.ipynb #6a1a74bf
 #| code-fold: true
@@ -442,4 +447,4 @@ class TokenDataset(Windows):
         if self.document_end is not None:  # a row ends with its document
             after = np.searchsorted(self.starts, starts, side="right")
             stops = np.append(self.starts, self.n_tokens - 1)[after]
-        return cut_windows(self.ids, starts, stops, self.context_length)
+        return self.cut(starts, stops)

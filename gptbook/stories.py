@@ -26,44 +26,29 @@ from gptbook.grammar import (
 
 # %% ../nbs/00c_stories.ipynb #0cbc2b9e
 WORDS = {key: tuple(values.split(", ")) for key, values in dict(
-    girl="Lily, Mia, Anna, Rosa, Zoe, Emma, Nina, Ruby, Ada, Ivy, Ella, Lucy, Clara, "
-        "Maya, Olive, Sara",
-    boy="Tom, Ben, Sam, Max, Leo, Finn, Jack, Noah, Omar, Theo, Hugo, Oscar, Peter, "
-        "Luca, Adam, Felix",
-    elder="mom, dad, grandma, grandpa, aunt, uncle",
-    pet="cat, dog, kitten, puppy, rabbit, parrot",
-    animal="duck, frog, hedgehog, squirrel, mouse, fox, owl, turtle, goat, bird, pony, "
-        "hen, pig, lamb, bear, donkey",
-    mood="small, gray, brown, white, shy, funny, sleepy, hungry, fat, polite, noisy, "
-        "grumpy",
-    thing="ball, doll, drum, boat, train, robot, whistle, hat, scarf, bell, book, cup, "
-        "lamp, puzzle, flute, clock",
-    light="kite, hat, scarf, balloon, umbrella, letter, ribbon, map",
+    girl="Lily, Mia, Anna, Rosa, Zoe, Emma, Nina, Ruby, Ada, Lucy",
+    boy="Tom, Ben, Sam, Max, Leo, Finn, Jack, Noah, Omar, Hugo",
+    elder="mom, dad, grandma, grandpa",
+    pet="cat, dog, rabbit, parrot",
+    animal="duck, frog, hedgehog, mouse, fox, owl, goat, bear",
+    mood="small, gray, brown, shy, funny, sleepy, hungry, polite",
+    thing="ball, doll, drum, boat, train, robot, kite, hat, scarf, bell",
+    light="ball, kite, hat, scarf",
     box="bag, basket, bucket, box",
-    color="red, blue, green, yellow, orange, purple, pink, big, tiny, shiny, old, "
-        "round, white, black, silver, striped",
-    dish="cake, soup, bread, pie, jam, pizza, stew, pudding, tea, porridge, salad, "
-        "noodles",
-    need="flour, milk, butter, honey, sugar, salt, pepper, cream",
-    snack="cookie, apple, banana, sandwich, pear, muffin, peach, bun, plum, waffle, "
-        "carrot, tomato",
-    place="in the garden, in the park, at the beach, in the forest, by the river, by "
-        "the lake, on the hill, at the farm, in the meadow, at the market, at the "
-        "castle, by the pond, in the yard, at the harbor, by the old mill, on the "
-        "island",
+    color="red, blue, green, yellow, purple, tiny, shiny, old",
+    dish="cake, soup, bread, pie, pizza, stew",
+    need="flour, milk, butter, honey, sugar, salt",
+    snack="cookie, apple, banana, sandwich, pear, muffin, plum, carrot",
+    place="in the garden, in the park, at the beach, in the forest, by the river, "
+        "on the hill, at the market, on the island",
     spot="under a bench, behind a tree, in a barrel, under a blanket, behind a wall, "
-        "in an old cart, under a bridge, in the tall grass, behind a rock, under a "
-        "hedge, in a hollow log, behind the well, inside a tent, under a ladder, "
-        "behind a door, in a wheelbarrow",
-    trait="little, kind, clever, shy, funny, brave, quiet, cheerful, curious, polite, "
-        "gentle, busy, stubborn, lucky, dreamy, noisy",
-    hobby="sing, paint, climb trees, tell jokes, count stars, jump in puddles, collect "
-        "stones, dance, draw maps, read, swim, whistle, bake, ride a bike, feed the "
-        "ducks, make faces",
-    job="pilot, baker, pirate, doctor, farmer, clown, sailor, painter, king, dancer, "
-        "teacher, spy, magician, judge, poet, firefighter",
-    guess="a cow, a cloud, a cheese, a snake, an egg, the moon, a tooth, a frog, a "
-        "pancake, my uncle").items()}
+        "in an old cart, in the tall grass, inside a tent",
+    trait="little, kind, clever, brave, quiet, curious, stubborn, dreamy",
+    hobby="sing, paint, climb trees, tell jokes, count stars, jump in puddles, dance, "
+        "read",
+    job="pilot, baker, pirate, doctor, clown, sailor, king, spy",
+    guess="a cow, a cloud, a snake, an egg, the moon, a pancake",
+).items()}
 
 # %% ../nbs/00c_stories.ipynb #3443a759
 SLOTS = {"A": "person", "B": "person", "C": "elder", "Y": "pet", "Z": "mood animal",
@@ -107,8 +92,9 @@ when = [!now](One (day|morning|afternoon|Sunday)|Last summer|Yesterday|On a rain
 # %% ../nbs/00c_stories.ipynb #dbe07b9a
 #| code-fold: true
 _PHRASES = r"""
-aside = (||[N] {She A} ^wanted to {N}, but not now.|[J] A {J} ^would know what to
-    do.|[Y] The {Y} ^was no help at all.|[M] It ^is not easy to be {M}.| A <bug> ^came
+aside = (||[C] {Her A} {C} ^(would laugh|knew nothing|was far away).|[N] {She A}
+    ^wanted to {N}, but not now.|[J] A {J} ^would know what to do.|[Y] The {Y} ^was no
+    help at all.|[M] It ^is not easy to be {M}.| A <bug> ^came
     by and (^stopped to watch|^did not care|^left again|^sat down).| {A} ^had <mess> on
     {her A} <part>.| The <sky> ^was very (far away|big|blue|quiet).)
 sky = (sun|sky|moon|world|town|road)
@@ -150,13 +136,13 @@ lost = <when>[plot=lost] {A} ^could not find {her A} {T}.[T.owner=A]
     roof|in the soup|on the shelf|in the closet).|"(It was here|I had it|I saw it)
     (yesterday|at breakfast|a minute ago|in a dream|last night|this morning)!" {she A}
     <said><how>.|{She A} ^looked (everywhere|in every drawer|in both shoes|under the
-    rug|under the bed|twice), but {it T} ^was gone.)<aside>
+    rug|under the bed|twice), but the {T.} ^was gone.)<aside>
     {Her A} <friend> ^(came by|came to help|stopped by|heard the noise|looked over the
-    wall). ("Where did you (see|have|leave|put) {it T} last?" {she B} <asked>. "{In P},"
-    <said> {A}<how>.|"Let us look {P}," <said> {B}<how>.)
+    wall). ("Where did you (see|have|leave|put) your {T.} last?" {she B} <asked>.
+    "{In P}," <said> {A}<how>.|"Let us look {P}," <said> {B}<how>.)
     So {they AB} <went> {to P}. {A} ^looked {H} and ^found <junk>.
     (Then|At last|Suddenly) {B} ^(looked|peeked|crawled) {G}, and there ^was the
-    {T}![T.at=G] <then>{B} ^gave {it T} back to {A}.[T.held=A]
+    {T}![T.at=G] <then>{B} ^gave the {T.} back to {A}.[T.held=A]
     (<thanks>|{A} <joy>.|"You (have sharp eyes|should be a detective|are better than a
     dog|found it|are a genius|did it)!" <said> {A}<how>.)
 gift = <when>[plot=gift] (there ^was a party for|it ^was the birthday of) {A's}
@@ -168,8 +154,8 @@ gift = <when>[plot=gift] (there ^was a party for|it ^was the birthday of) {A's}
     present.) "Is {it T} {K} or {L}?"
     "(No|Not quite|Guess again|Look inside|Almost|Try again)," <said> {A}<how>. (Inside
     ^was|{B} ^pulled out|Out ^came) the {T}.[T.held=B][T.owner=B]
-    <then>{B} <joy>. "(It is perfect|I love it|I always wanted one|It is just like me|It
-    is the best one yet|It is better than {K})," {she B} <said><how>.
+    <then>{B} <joy>. "(It is perfect|I love this {T.}|What a {T.}|It is
+    the best {T.} yet|It is better than {K})," {she B} <said><how>.
 hide = <when>[plot=hide] {A} and {her A} <friend> ^played hide and seek {P}. {A} ^closed
     both eyes and ^counted to (three|five|ten|twenty|a hundred). <then>{B} ^hid {H}.
     "(Ready or not|Here I come|I will find you|Do not move)!" <said> {A}<how>. {She A}
@@ -205,11 +191,12 @@ rain = <when>[plot=rain] {A} and {her A} <friend> ^had a picnic {P}. {A} ^brough
     But (soon|then|after an hour) (dark clouds came|it began to rain|they heard
     thunder|the sky turned black). "Our (picnic|lunch) is (ruined|soup|swimming
     away|getting wet|gone|a lake)!" <said> {B}.
-    {They AB} ^hid {H} and ^(waited|sang|counted) <long>.<aside> <then>{A} ^broke the
-    {S} in two and ^gave half to {B}. "(It tastes of rain|It is only a little wet|Wet is
+    {They AB} ^hid {H} with the {T.} and ^(waited|sang|counted) <long>.<aside>
+    <then>{A} ^broke the {S} in two and ^gave half to {B}. "(It tastes of rain|It is
+    only a little wet|Wet is
     fine|Eat fast|Rain is good for you|I like it this way)," {she A} <said><how>.
     When the rain stopped, there ^was (a rainbow|a huge puddle|a frog|a new lake|<junk>)
-    {P}. {They AB} ^(played|ran around|danced) with the {T} <long>.
+    {P}. {They AB} ^(played|ran around|danced) with the {T.} <long>.
 share = <when>[plot=share] {A} ^had {a S} for lunch. {Her A} <friend> ^had (nothing|only
     an onion|a very small bean|some old bread|<junk>). {A} ^looked at the {S}. {It S}
     ^was (big|sweet|round|warm) and ^smelled (lovely|wonderful|of summer|like home|of
@@ -253,7 +240,7 @@ meet = <when>[plot=meet] {A} ^heard a (strange|sad|funny|tiny|loud|soft)
 trip = <when>[plot=trip] {A} and {her A} {C} <went> {to P}.[home=yes] {A} ^packed {a S},
     <junk> and {her A} {T} in {a V}.[T.owner=A] On the way {they AC} ^(saw|met|passed)
     {a Z}. {In P}, {they AC} ^(ran|sang|played|slept) <long>, and {A} ^found {a U}
-    {H}.[U.held=A][U.owner=A]<aside> On the way home, {A} ^looked in the {V}. "<oh>! My
+    {H}.[U.held=A][U.owner=A]<aside> On the way home, {A} ^looked in the {V.}. "<oh>! My
     {T.} is still {P}!" {she A} <said><how>. {They AC} <went> back. There ^was the {Z.},
     (sitting on|sleeping on|guarding|talking to|hugging|watching) the {T}. "(Thank
     you|Excuse me|Good work|That is mine|Well done|Shoo), {Z.}," <said> {A} and
@@ -268,7 +255,7 @@ wind = <when>[plot=wind] {A} ^took {her A}[T.list=light] {T} {to P}.[T.owner=A] 
     It ^blew the {T.} (up into a tree|over a fence|onto a roof|high into the air|on top
     of a wall).
     <then>{A} ^(jumped|climbed|threw a stick|stood on a box|asked a bird), but {she A}
-    ^could not (reach|catch|get) {it T}.<aside> Then {her A} <friend> ^(came by|ran
+    ^could not (reach|catch|get) the {T.}.<aside> Then {her A} <friend> ^(came by|ran
     up|stopped by) with <tool>.
     "(Do not worry|Wait here|Stand back|I have a plan|Watch me|Hold my hat)," <said>
     {B}. {She B} ^(pushed|poked|pulled|jumped) and ^(pushed|poked|pulled|jumped), and
@@ -296,7 +283,7 @@ night = That night,[plot=night] {A} ^heard a (bump|scratch|creak|tap|cough|snore
     ^went to look. It ^was only {a Z}! The {Z.} ^was (more scared than {A}|looking for
     cheese|trying to sleep|stuck in a sock|playing with <junk>|lost|reading a book).
     <then>{A} ^(laughed|giggled|sat down) and ^gave {it Z} (a blanket|{a S}|some
-    milk|the {T}[T.held=Z]). "(Good night|Sleep well|Knock next time|Do not snore|Be
+    milk|the {T.}[T.held=Z]). "(Good night|Sleep well|Knock next time|Do not snore|Be
     good|Sweet dreams), {Z.}," {she A} <said><how>.
 """
 
@@ -304,10 +291,10 @@ night = That night,[plot=night] {A} ^heard a (bump|scratch|creak|tap|cough|snore
 _CLOSINGS = r"""
 close = [T.held==A][!dark]That night, {A} ^put the {T} (next to {her A} bed|under {her
     A} pillow|on a shelf|in the bath).
-  | [T.held==B]{B} ^kept the {T} (for years|next to {her B} bed|and never lost it|under
+  | [T.held==B]{B} ^kept the {T.} (for years|next to {her B} bed|and never lost it|under
     {her B} hat).
-  | [T.held==Z]In the morning, the {Z.} ^was gone, but the {T} ^was still warm.
-  | [U.held==A]{A} ^put the {U} (on the window|in a safe place|on a shelf|in {her A}
+  | [T.held==Z]In the morning, the {Z.} ^was gone, but the {T.} ^was still warm.
+  | [U.held==A]{A} ^put the {U.} (on the window|in a safe place|on a shelf|in {her A}
     pocket).
   | [B]{A} and {B} ^(were|stayed) (|good |best )friends (for ever|for a long, long
     time|from then on).

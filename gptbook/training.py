@@ -647,11 +647,11 @@ class Preset:
     sizes: dict  # of a GPTConfig, all but the vocabulary
     training: TrainConfig
     vocab_size: int = 2048  # of the tokenizer that is trained first
-    batch_size: int = 4  # rows a step: small batches, many updates
+    batch_size: int = 5  # rows a step: small batches, many updates
     warmup: float = 0.03  # share of the steps in which the rate climbs
     floor: float = 0.02  # share of the rate that is left at the end
     init_std: float = 0.07  # of the weights, for `init_weights`
-    stories: int = 12_000  # how many are made when there is no other text
+    stories: int = 12_500  # how many are made when there is no other text
 
     def model_config(self, vocab_size: int) -> GPTConfig:
         """The model's config for a tokenizer of so many tokens."""
@@ -661,11 +661,11 @@ class Preset:
 PRESETS = {
     "tiny": Preset(
         dict(context_length=192, emb_dim=64, n_layers=2, n_heads=2),
-        TrainConfig(600, learning_rate=4e-3), stories=2400),
+        TrainConfig(600, learning_rate=4e-3, betas=(0.9, 0.98)), stories=3000),
     "small": Preset(
         dict(context_length=192, emb_dim=192, n_layers=4, n_heads=4),
-        TrainConfig(3000, learning_rate=3e-3, validate_every=500, save_every=500,
-                    validation_batches=50)),
+        TrainConfig(2500, learning_rate=3e-3, betas=(0.9, 0.98), validate_every=500,
+                    save_every=500, validation_batches=60)),
     "medium": Preset(
         dict(context_length=256, emb_dim=384, n_layers=6, n_heads=6),
         TrainConfig(5000, learning_rate=1e-3), vocab_size=4096, batch_size=16,

@@ -337,7 +337,11 @@ def asked_counts(dataset):
     """How often each id is a target in `windows`, matched by value and place."""
     counts, rows = np.zeros(dataset.n_tokens, int), 0
     for inputs, targets in dataset.windows():
-        assert inputs.shape == targets.shape and inputs.shape[1] == dataset.context_length
+        assert inputs.shape == targets.shape and inputs.shape[1] <= dataset.context_length
+        if dataset.document_end is None:
+            assert inputs.shape[1] == dataset.context_length
+        else:  # no column is there for nothing
+            assert (targets != -100).any(0).all()
         assert inputs.dtype == targets.dtype == torch.int64
         for x, y in zip(inputs.numpy(), targets.numpy()):
             start, rows = dataset.starts[rows], rows + 1
@@ -427,32 +431,34 @@ def test_documents(lengths, context, rows, opened, closed):
     windows = set()
     for step in range(data_.steps_per_epoch):
         for x, y in zip(*data_.batch(3, step)):
-            windows.add((tuple(x.tolist()), tuple(y.tolist())))
+            n = int((y != -100).sum())
+            assert (y[n:] == -100).all() and 99 not in y[:n - 1]  # one document a row
+            windows.add((tuple(x[:n].tolist()), tuple(y[:n].tolist())))
     for begin, end in zip(begins, [*begins[1:], len(ids) - 1]):
         if end - begin <= context:  # it fits: some window holds it whole, start and end
             whole, answer = tuple(ids[begin:end]), tuple(ids[begin + 1 : end + 1])
-            assert any(x[i : i + len(whole)] == whole and y[i : i + len(whole)] == answer
-                       for x, y in windows for i in range(context))
+            assert (whole, answer) in windows
     for start in data_.starts:  # a window begins at a document, or goes on in a long one
         assert start in begins or any(
             b < start < e and e - b > context and (start - b) % context == 0
             for b, e in zip(begins, [*begins[1:], len(ids) - 1]))
 
 
-def test_short_documents_are_padded():
+def test_a_batch_of_documents_is_as_wide_as_its_longest():
     data_ = TokenDataset([9, 1, 2, 9], 6, 2, document_end=9)
     inputs, targets = data_.batch(0, 0)
-    assert inputs.tolist() == [[9, 1, 2, 9, 9, 9]] * 2
-    assert targets.tolist() == [[1, 2, 9, -100, -100, -100]] * 2
+    assert inputs.tolist() == [[9, 1, 2]] * 2 and targets.tolist() == [[1, 2, 9]] * 2
     assert data_.n_windows == data_.steps_per_epoch == 1
+    data_ = TokenDataset([9, 1, 9, 2, 2, 2, 9], 6, 2, document_end=9)
+    rows = sorted(data_.batch(0, 0)[1].tolist())
+    assert rows == [[1, 9, -100, -100], [2, 2, 2, 9]]
 
 
-def test_training_sees_the_beginning_of_a_cut_document_and_validation_does_not():
-    data_ = TokenDataset([9, 1, 1, 9, 2, 2, 2, 9], 5, 1, document_end=9)
-    _, held = next(data_.windows())
-    assert held.tolist() == [[1, 1, 9, -100, -100]]
-    trained = [data_.batch(0, step)[1].tolist()[0] for step in range(2)]
-    assert [1, 1, 9, 2, 2] in trained and [2, 2, 2, 9, -100] in trained
+def test_no_row_holds_two_documents_and_a_long_one_goes_on():
+    data_ = TokenDataset([9, 1, 1, 9, 2, 2, 2, 2, 2, 2, 9], 5, 1, document_end=9)
+    assert [t.tolist()[0] for _, t in data_.windows()] == [[1, 1, 9], [2] * 5, [2, 9]]
+    trained = [data_.batch(0, step)[1].tolist()[0] for step in range(3)]
+    assert sorted(trained) == [[1, 1, 9], [2, 2, 2, 2, 2], [2, 9]]
 
 
 def test_batches_are_pure_and_equal_across_processes():

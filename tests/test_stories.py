@@ -108,7 +108,7 @@ def test_no_option_is_rare():
 def test_the_same_everywhere():
     """A stored hash is right here: no floating-point number decides a text."""
     digest = hashlib.sha256("\n".join(story_text(0, i) for i in range(200)).encode())
-    assert digest.hexdigest()[:16] == "f7979625d9cd34ac"
+    assert digest.hexdigest()[:16] == "e9fa83cc0a8c33ca"
     code = "from gptbook.stories import story_text; print(hash('a')); print(story_text(3, 4))"
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                            env={"PYTHONHASHSEED": seed, "PATH": ""}, check=True).stdout
@@ -171,7 +171,7 @@ def test_subjects():
             if verb == "were":
                 assert " and " in subject
     assert not any(odd.values())
-    told = next(t for t in (story(9, i) for i in range(99)) if "gave it back" in t.text)
+    told = next(t for t in (story(9, i) for i in range(99)) if " back to " in t.text and "gave the" in t.text)
     pairs = {(told.text[slice(*s)], told.text[slice(*v)]) for s, v in subjects(told)}
     assert (told.notes[0]["B"], "gave") in pairs
 
