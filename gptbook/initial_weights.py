@@ -18,7 +18,7 @@ def init_copying(
     likeness: float = 0.5,   # a, the correlation of a head's keys with its queries
     gain: float = 0.7,       # g, the size of what a head writes beside what it reads
 ) -> None:
-    """Let each head begin by copying what is like its query (Trockman & Kolter 2023, §3).
+    """Let each head begin by copying what is like its query (Trockman 2023, §3).
 
     Learned positions begin small, as in GPT-2. Raises `ValueError` for a likeness
     outside [0, 1]."""
