@@ -12,10 +12,11 @@ from results_file import record
 from gptbook.core import GPTModel, init_weights, set_seed
 from gptbook.data import TokenDataset, tokenize
 from gptbook.generation import generate_text
+from gptbook.initial_weights import init_copying
 from gptbook.schedules import warmup_cosine
 from gptbook.stories import check_story, stories, story_bits
 from gptbook.tokenizer import train_bpe
-from gptbook.training import PRESETS, autocast_for, evaluate_loss, train
+from gptbook.training import PRESETS, autocast_for, evaluate_loss, faster_precision, train
 
 PROMPT = "Once upon a time"
 DOUBLINGS = (0, 25, 50, 100, 200, 400, 800, 1600, 3200)
@@ -26,7 +27,6 @@ def main() -> None:
     parser.add_argument("--preset", default="small", choices=PRESETS)
     parser.add_argument("--steps", type=int, help="default: those of the preset")
     parser.add_argument("--held-out", type=int, default=200, help="stories")
-    parser.add_argument("--precision", default="bfloat16")
     parser.add_argument("--name", default="front_page")
     args = parser.parse_args()
     preset = PRESETS[args.preset]
@@ -64,13 +64,14 @@ def main() -> None:
     set_seed(0)
     model = GPTModel(preset.model_config(tokenizer.n_vocab))
     init_weights(model, preset.init_std)
-    model.tie()
+    init_copying(model)
+    precision = faster_precision(model, data, preset.training)
     sample(model, 0)
     config = type(preset.training)(**{**vars(preset.training), "steps": steps})
     history = train(
         model, data, None, config, callbacks=(now_and_then,),
         schedule=warmup_cosine(steps, int(preset.warmup * steps), preset.floor),
-        autocast=autocast_for(args.precision, torch.device("cpu")))
+        autocast=autocast_for(precision, torch.device("cpu")))
     record(args.name, {
         "preset": args.preset, "samples": taken, "words": words,
         "parameters": sum(p.numel() for p in model.parameters()),

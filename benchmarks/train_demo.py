@@ -1,7 +1,9 @@
-"""Train the stories model that travels with the package: gptbook/models/stories.safetensors.
+r"""Train the stories model that travels with the package: gptbook/models/stories.safetensors.
 
-    python benchmarks/train_demo.py                # about 40 minutes on one quiet core
+    python benchmarks/train_demo.py                # about 45 minutes on one core
     python benchmarks/train_demo.py --resume       # go on after Ctrl-C or a crash
+    python benchmarks/train_demo.py --start gptbook/models/stories.safetensors --steps 5000 \
+        --learning-rate 2e-3 --out runs/more       # train the model that is there for longer
 
 The run, with its log and full state, lies in --out; at its end the best weights are stored
 in bfloat16, with the tokenizer and this command. Retrain it only when the story world or
@@ -15,12 +17,13 @@ import torch
 from results_file import command
 
 from gptbook.checkpoints import load_model, save_model
-from gptbook.core import GPTConfig, GPTModel, set_seed
+from gptbook.core import GPTConfig, GPTModel, init_weights, set_seed
 from gptbook.data import TokenDataset, tokenize
+from gptbook.initial_weights import init_copying
 from gptbook.schedules import warmup_cosine
 from gptbook.stories import stories
 from gptbook.tokenizer import Tokenizer, train_bpe
-from gptbook.training import TrainConfig, autocast_for, train
+from gptbook.training import TrainConfig, autocast_for, faster_precision, train
 
 DEMO = Path(__file__).resolve().parent.parent / "gptbook" / "models" / "stories.safetensors"
 SEED = 1  # another seed than the default corpus, so that its held-out stories are new here
@@ -31,12 +34,13 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--stories", type=int, default=100_000)
     parser.add_argument("--steps", type=int, default=15_000)
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=5)
     parser.add_argument("--context-length", type=int, default=192)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--start", type=Path, help="begin with the weights of this checkpoint")
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -48,18 +52,28 @@ def main():
         for split in ("train", "validation"))
     set_seed(SEED)
     model = GPTModel(GPTConfig(tokenizer.n_vocab, args.context_length, 192, 4, args.heads))
-    config = TrainConfig(args.steps, args.learning_rate, seed=SEED,
+    init_weights(model, 0.07)
+    init_copying(model)
+    made_by = command()
+    if args.start:
+        start = load_model(args.start)
+        if start.tokenizer.to_dict() != tokenizer.to_dict():
+            raise SystemExit(f"{args.start} has another tokenizer: leave out --start")
+        model.load_state_dict(start.model.state_dict())
+        made_by = f"{start.info['command']} && {made_by}"
+    precision = faster_precision(model, data, TrainConfig())
+    config = TrainConfig(args.steps, args.learning_rate, betas=(0.9, 0.98), seed=SEED,
                          validate_every=1_000, save_every=1_000, keep_epochs=1)
     started = time.perf_counter()
     history = train(
         model, data, held_out, config, out=args.out, tokenizer=tokenizer,
         schedule=warmup_cosine(args.steps, args.steps // 50, 0.01),
-        autocast=autocast_for("bfloat16", torch.device("cpu")), resume=args.resume,
+        autocast=autocast_for(precision, torch.device("cpu")), resume=args.resume,
         resume_command=command() + " --resume")
     if len(history) < args.steps:
         raise SystemExit(130)
     best = load_model(args.out / "best_model.safetensors")
-    info = dict(best.info, data="stories", documents=True, command=command(),
+    info = dict(best.info, data="stories", documents=True, command=made_by,
                 minutes=round((time.perf_counter() - started) / 60, 1))
     save_model(DEMO, best.model, best.tokenizer, dtype=torch.bfloat16, **info)
     print(f"{DEMO.name}: {DEMO.stat().st_size / 1e6:.2f} MB, {info['minutes']} minutes")

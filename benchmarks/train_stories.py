@@ -6,7 +6,8 @@
 
 Runs `gptbook train` as a user would, then judges its best weights on stories that it has not
 seen. Excess is the model's bits for a whole story (from the end-of-text token before it to
-the one after it) less the exact bits of the text under the grammar, for each word.
+the one after it) less the exact bits of the text under the grammar, for each word. Samples
+are drawn at temperature 0.7, as by `gptbook generate`, and at 1, the model's own distribution.
 """
 import argparse
 import math
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -50,10 +52,24 @@ def model_bits(model, tokenizer, text: str) -> float:
     return nats.item() / math.log(2)
 
 
+def write(model, tokenizer, n: int, temperature: float) -> tuple:
+    """(texts, whether each came to its end, what the critic says of each)."""
+    end = tokenizer.end_of_text
+    rows = generate_text(model, [[end]] * n, model.max_positions - 1, end_of_text=end,
+                         temperature=temperature, seed=0)
+    texts = [tokenizer.decode([i for i in row if i != end]) for row in rows]
+    return texts, [row[-1] == end for row in rows], [check_story(text) for text in texts]
+
+
+def passing(texts: list, ended: list, problems: list) -> float:
+    """Share of the texts that end, and in which the critic finds nothing."""
+    return sum(e and not p for e, p in zip(ended, problems)) / len(texts)
+
+
 def judge(checkpoint: Path, n_stories: int, n_samples: int) -> dict:
     """Excess over the exact entropy, and what the critic says of samples."""
     loaded = load_model(checkpoint)
-    model, tokenizer, end = loaded.model.eval(), loaded.tokenizer, loaded.tokenizer.end_of_text
+    model, tokenizer = loaded.model.eval(), loaded.tokenizer
     texts = [story_text(UNSEEN, i) for i in range(n_stories)]
     exact = [story_bits(t) for t in tqdm(texts, "exact bits")]
     ours = [model_bits(model, tokenizer, t) for t in tqdm(texts, "model bits")]
@@ -61,21 +77,19 @@ def judge(checkpoint: Path, n_stories: int, n_samples: int) -> dict:
     excess = sum(ours) - sum(exact)
     rest = [a - b - excess / sum(words) * w for a, b, w in zip(ours, exact, words)]
     interval = 1.96 * stdev(rest) / math.sqrt(n_stories) / mean(words)
-    rows = generate_text(model, [[end]] * n_samples, model.max_positions - 1, end_of_text=end,
-                         temperature=1.0, seed=0)
-    ended = [row[-1] == end for row in rows]
-    samples = [tokenizer.decode([i for i in row if i != end]) for row in rows]
-    problems = [check_story(t) for t in samples]
+    written = {temperature: write(model, tokenizer, n_samples, temperature)
+               for temperature in (0.7, 1.0)}  # what `gptbook generate` does, and the model's own
+    samples, ended, problems = written[0.7]
     known = set(stories().documents("train"))  # the default corpus
     return {
         "excess_bits_per_word": round(excess / sum(words), 4),
         "excess_95_percent": round(interval, 4),
         "entropy_bits_per_word": round(sum(exact) / sum(words), 4),
         "held_out_stories": n_stories, "samples": n_samples,
-        "samples_pass": sum(e and not p for e, p in zip(ended, problems)) / n_samples,
+        "samples_pass": passing(*written[0.7]), "samples_pass_at_temperature_1": passing(*written[1.0]),
         "samples_ended": sum(ended) / n_samples,
         "samples_new": sum(t not in known for t in samples) / n_samples,
-        "problems": sorted(p.kind for found in problems for p in found),
+        "problems": dict(Counter(p.kind for found in problems for p in found)),
         "parameters": sum(p.numel() for p in model.parameters()),
         "megabytes": round(checkpoint.stat().st_size / 1e6, 2), "training": loaded.info,
     }
