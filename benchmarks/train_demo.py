@@ -1,9 +1,7 @@
-r"""Train the stories model that travels with the package: gptbook/models/stories.safetensors.
+"""Train the stories model that travels with the package: gptbook/models/stories.safetensors.
 
     python benchmarks/train_demo.py                # about 45 minutes on one core
     python benchmarks/train_demo.py --resume       # go on after Ctrl-C or a crash
-    python benchmarks/train_demo.py --start gptbook/models/stories.safetensors --steps 5000 \
-        --learning-rate 2e-3 --out runs/more       # train the model that is there for longer
 
 The run, with its log and full state, lies in --out; at its end the best weights are stored
 in bfloat16, with the tokenizer and this command. Retrain it only when the story world or
@@ -40,7 +38,6 @@ def main():
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--start", type=Path, help="begin with the weights of this checkpoint")
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -54,13 +51,6 @@ def main():
     model = GPTModel(GPTConfig(tokenizer.n_vocab, args.context_length, 192, 4, args.heads))
     init_weights(model, 0.07)
     init_copying(model)
-    made_by = command()
-    if args.start:
-        start = load_model(args.start)
-        if start.tokenizer.to_dict() != tokenizer.to_dict():
-            raise SystemExit(f"{args.start} has another tokenizer: leave out --start")
-        model.load_state_dict(start.model.state_dict())
-        made_by = f"{start.info['command']} && {made_by}"
     precision = faster_precision(model, data, TrainConfig())
     config = TrainConfig(args.steps, args.learning_rate, betas=(0.9, 0.98), seed=SEED,
                          validate_every=1_000, save_every=1_000, keep_epochs=1)
@@ -73,7 +63,7 @@ def main():
     if len(history) < args.steps:
         raise SystemExit(130)
     best = load_model(args.out / "best_model.safetensors")
-    info = dict(best.info, data="stories", documents=True, command=made_by,
+    info = dict(best.info, data="stories", documents=True, command=command(),
                 minutes=round((time.perf_counter() - started) / 60, 1))
     save_model(DEMO, best.model, best.tokenizer, dtype=torch.bfloat16, **info)
     print(f"{DEMO.name}: {DEMO.stat().st_size / 1e6:.2f} MB, {info['minutes']} minutes")
