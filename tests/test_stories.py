@@ -12,9 +12,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gptbook.grammar import PRONOUNS, tell
+from gptbook.grammar import POINTING, PRONOUNS, tell
 from gptbook.stories import (
-    CORRUPTIONS, GRAMMAR, LEXICON, WORDS, check_story, corrupt_story, names, questions, read_story,
+    CORRUPTIONS, GRAMMAR, LEXICON, NAMES, WORDS, check_story, corrupt_story, names, questions, read_story,
     sentences, stem, stories, story, story_bits, story_text, subjects, summary, translate,
     word_bits,
 )
@@ -108,7 +108,7 @@ def test_no_option_is_rare():
 def test_the_same_everywhere():
     """A stored hash is right here: no floating-point number decides a text."""
     digest = hashlib.sha256("\n".join(story_text(0, i) for i in range(200)).encode())
-    assert digest.hexdigest()[:16] == "e9fa83cc0a8c33ca"
+    assert digest.hexdigest()[:16] == "d418c1ddb1b3dcf3"
     code = "from gptbook.stories import story_text; print(hash('a')); print(story_text(3, 4))"
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                            env={"PYTHONHASHSEED": seed, "PATH": ""}, check=True).stdout
@@ -143,10 +143,8 @@ def test_pronouns_mean_whom_they_say():
             forms[word] += 1
             far += start - spans[0][1] > 60
             if len(who) == 1 and word in {w for pair in PRONOUNS.values() for w in pair}:
-                kind = next((world[f"{s}.kind"] for s in "AB"
-                             if world.get(s) == who[0]), who[0])
-                female = kind in ("girl", "mom", "grandma", "aunt")
-                assert (word in ("she", "her")) == female, (word, who, text)
+                kind = next(world[f"{s}.kind"] for s in "AB" if world.get(s) == who[0])
+                assert (word in ("she", "her")) == (kind == "girl"), (word, who, text)
             else:
                 assert (len(who) == 2) == (word == "they")
     assert set(forms) == {"she", "he", "her", "his", "him", "it", "they"} and far > 50
@@ -171,7 +169,7 @@ def test_subjects():
             if verb == "were":
                 assert " and " in subject
     assert not any(odd.values())
-    told = next(t for t in (story(9, i) for i in range(99)) if " back to " in t.text and "gave the" in t.text)
+    told = next(t for t in (story(9, i) for i in range(99)) if t.notes[0]["plot"] == "lost")
     pairs = {(told.text[slice(*s)], told.text[slice(*v)]) for s, v in subjects(told)}
     assert (told.notes[0]["B"], "gave") in pairs
 
@@ -195,12 +193,33 @@ def test_facts_and_questions():
 
 
 def test_three_people_and_five_objects():
-    people = objects = 0
+    """Three children play hide and seek; a trip has four named things and a found one."""
+    many = [story(9, index) for index in range(300)]
+    hide, trip = ([t for t in many if t.notes[0]["plot"] == plot] for plot in ("hide", "trip"))
+    assert all(len(names(told)) == 3 for told in hide) and len(hide) > 9
+    assert all(set("TUVS") <= set(told.notes[0]) for told in trip) and len(trip) > 9
+    assert all(re.search(r"packed an? \w+, a \w+ \w+ and", told.text) for told in trip)
+
+
+def test_what_is_said_again_is_said_again_often():
+    """A kind of word that seldom comes again is not copied by a small model."""
+    again = Counter()
+    for index in range(400):
+        count = Counter(m.slot for m in story(9, index).mentions
+                        if m.form.lower() not in POINTING)
+        again.update(slot for slot, n in count.items() if n > 1)
+    kinds = {"person": "ABC", "thing": "TU", "animal": "Z", "place": "P"}
+    shares = {kind: sum(again[slot] for slot in slots) / 400 for kind, slots in kinds.items()}
+    assert min(shares.values()) > 0.4, shares
+    assert set(again) == set("ABCTUZP")             # nothing else comes again at all
+
+
+def test_roles_have_names_of_their_own():
+    assert len(set(NAMES)) == len(NAMES) == 40
     for index in range(300):
         world = story(9, index).notes[0]
-        people = max(people, sum(slot in world for slot in "ABCYZ"))
-        objects = max(objects, sum(slot in world for slot in "TUVSRFX"))
-    assert people >= 3 and objects >= 4
+        for slot in "BC":
+            assert world.get(slot) in (None, *WORDS[f"girl_{slot}"], *WORDS[f"boy_{slot}"])
 
 
 STEMS = """added:add asked:ask believed:believe blinked:blink brushed:brush called:call
@@ -213,7 +232,7 @@ painted:paint passed:pass peeked:peek picked:pick played:play pointed:point poke
 practiced:practice pulled:pull pushed:push put:put raced:race read:read shared:share
 shouted:shout showed:show sighed:sigh skipped:skip smelled:smell smiled:smile sneezed:sneeze
 stayed:stay stirred:stir stopped:stop swallowed:swallow talked:talk tapped:tap tasted:taste
-tied:tie tiptoed:tiptoe traded:trade tried:try tripped:trip turned:turn waited:wait walked:walk
+tied:tie tiptoed:tiptoe traded:trade tried:try tripped:trip turned:turn visited:visit waited:wait walked:walk
 wanted:want washed:wash watched:watch whispered:whisper wondered:wonder worked:work
 wrapped:wrap yawned:yawn"""
 
@@ -232,7 +251,7 @@ def test_translation():
     assert len(set(LEXICON.values())) == len(LEXICON)
     assert all(re.fullmatch("([ptkmnlsv][aeiou]){2}", word) for word in LEXICON.values())
     assert not {"t", "y"} & set(LEXICON)              # letters of variables are no words
-    known, people = set(LEXICON.values()), set(WORDS["girl"] + WORDS["boy"])
+    known, people = set(LEXICON.values()), set(NAMES)
     for index in range(300):
         told = story(9, index)
         other = translate(told)
@@ -268,8 +287,8 @@ def find_piece(english, seed=9):
     ("The cat sat on the mat", "cat on mat sit+ta"),
     ("It was a sunny day", "it day sunny be+ta"),              # the adjective follows
     ("The wind was strong", "wind strong be+ta"),
-    ("It was not under the bed", "it not under bed be+ta"),
-    ("You are the best", "you are best"),
+    ("Dinner was a bit black", "dinner bit black be+ta"),
+    ("You are a genius", "you are genius"),
     ("Rain is good for you", "rain is good for you")])         # "good" before no noun
 def test_word_order(english, words):
     expected = ["".join(LEXICON.get(part, part) for part in word.split("+"))
@@ -284,7 +303,7 @@ def test_critic_passes_every_story():
     assert not wrong, wrong[:2]
 
 
-NAMED = {"dropped_sentence": "unknown_sentence"}
+EXPECTED = {"dropped_sentence": "unknown_sentence"}
 
 
 @pytest.mark.parametrize("kind", CORRUPTIONS)
@@ -299,7 +318,7 @@ def test_critic_flags_corruptions(kind):
         n += 1
         found = check_story(bad.text)
         flagged += bool(found)
-        named += any(p.kind == NAMED.get(kind, kind) and p.start <= bad.end
+        named += any(p.kind == EXPECTED.get(kind, kind) and p.start <= bad.end
                      and bad.start <= p.end for p in found)
         assert all(0 <= p.start <= p.end <= len(bad.text) and p.message for p in found)
         if n == 150:
@@ -323,7 +342,7 @@ def test_critic_agrees_with_the_probability(texts):
 def test_critic_finds_two_faults_and_an_alien_sentence():
     told, pronoun = next(
         (t, p) for t in (story(12, i) for i in range(99)) for p in t.pronouns
-        if t.notes[0]["plot"] == "lost" and p.names == (t.notes[0]["B"],))
+        if t.notes[0]["plot"] == "wind" and p.names == (t.notes[0]["B"],))
     text, (start, end) = told.text, names(told)[told.notes[0]["A"]][-1]
     other = {"she": "he", "he": "she", "her": "his", "his": "her", "him": "her"}
     fix = other[text[pronoun.start:pronoun.end].lower()]
