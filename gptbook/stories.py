@@ -770,7 +770,7 @@ def _explain(slip: Slip, found: str, owned: bool) -> tuple:
     if found.split()[-1] == right.split()[-1]:
         return "wrong_article", should
     if slip.item.form == "girl":
-        return "contradiction", f"{should}: {world[slot]} is a {right}"
+        return "contradiction", should
     if slot in PEOPLE:
         if found.removesuffix("'s") not in world.values():
             return "unknown_name", f"'{found}' was never introduced; this is {right}"

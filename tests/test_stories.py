@@ -361,6 +361,14 @@ def test_critic_finds_two_faults_and_an_alien_sentence():
     assert alien[problems[0].start:problems[0].end] == "The tax office wrote a letter. "
 
 
+def test_a_boy_with_a_name_for_girls_is_a_contradiction():
+    text = next(t for t in (story_text(12, i) for i in range(99)) if " boy named " in t)
+    boy = re.search(r" boy named (\w+)", text)[1]
+    wrong = text.replace(" boy named ", " girl named ")
+    assert [(p.kind, wrong[p.start:p.end]) for p in check_story(wrong)] == [
+        ("contradiction", "girl")], boy
+
+
 def test_unfinished_is_all_that_an_early_end_is(texts):
     for text in texts[:40]:
         for share in (0.2, 0.5, 0.9):
