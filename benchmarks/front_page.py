@@ -10,11 +10,12 @@ import torch
 from results_file import record
 
 from gptbook.core import GPTModel, init_weights, set_seed
+from gptbook.critic import check_story
 from gptbook.data import TokenDataset, tokenize
 from gptbook.generation import generate_text
 from gptbook.initial_weights import init_copying
 from gptbook.schedules import warmup_cosine
-from gptbook.stories import check_story, stories, story_bits
+from gptbook.stories import stories, story_bits
 from gptbook.tokenizer import train_bpe
 from gptbook.training import PRESETS, autocast_for, evaluate_loss, faster_precision, train
 

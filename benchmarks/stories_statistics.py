@@ -19,12 +19,10 @@ from time import process_time
 from results_file import record
 from tqdm import tqdm
 
+from gptbook.critic import CORRUPTIONS, check_story, corrupt_story, sentences
 from gptbook.data import tokenize
 from gptbook.grammar import tell
-from gptbook.stories import (
-    CORRUPTIONS, GRAMMAR, check_story, corrupt_story, stories, story, story_bits,
-    story_text, word_bits,
-)
+from gptbook.stories import GRAMMAR, stories, story, story_bits, story_text, word_bits
 from gptbook.tokenizer import train_bpe
 
 SEED = 20_000   # a collection that nothing else uses
@@ -107,6 +105,13 @@ def critic(n: int) -> dict:
     return table
 
 
+def shuffled(text: str, seed: int) -> str:
+    """The sentences of a story in another order."""
+    parts = [text[start:end].strip() for start, end in sentences(text)]
+    random.Random(seed).shuffle(parts)
+    return " ".join(parts)
+
+
 def timed(call, arguments: list) -> float:
     """Processor seconds a call, which other programs do not lengthen much."""
     start = process_time()
@@ -148,6 +153,8 @@ def main():
             "check_corrupted_ms": round(1000 * timed(check_story, [
                 corrupt_story(story(SEED + 4, i), "wrong_pronoun").text
                 for i in range(300)]), 2),
+            "check_shuffled_ms": round(1000 * timed(check_story, [
+                shuffled(story_text(SEED + 4, i), i) for i in range(300)]), 2),
         },
         "vocabulary": {str(size): tokens(size) for size in (1024, 2048)},
     }

@@ -14,8 +14,9 @@ import torch
 from results_file import record
 
 from gptbook.checkpoints import load_demo, load_model
+from gptbook.critic import check_story
 from gptbook.generation import generate_text
-from gptbook.stories import check_story, stories
+from gptbook.stories import stories
 
 TEMPERATURES = (0.0, 0.25, 0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.5)
 CUTS = (

@@ -26,8 +26,9 @@ from results_file import record
 from tqdm import tqdm
 
 from gptbook.checkpoints import load_model
+from gptbook.critic import check_story
 from gptbook.generation import generate_text
-from gptbook.stories import check_story, stories, story_bits, story_text
+from gptbook.stories import stories, story_bits, story_text
 
 DEMO = Path(__file__).resolve().parent.parent / "gptbook" / "models" / "stories.safetensors"
 UNSEEN = 977  # a seed that no run trains on
