@@ -287,17 +287,17 @@ def with_options(options: list):
 @click.option("--vocab-size", default=1024, type=click.IntRange(257, 100_000),
               metavar="TOKENS", help="Of the tokenizer that is tried on the text.")
 @click.option("--check", type=Name(), metavar="FILE", help="Instead, list what is "
-              "inconsistent in the story in this file; - reads stdin.")
+              "inconsistent in the stories in this file; - reads stdin.")
 def corpus_command(data, encoding, number, vocab_size, check):
     """Look at a text before training on it.
 
     \b
     gptbook corpus --number 20
     gptbook corpus --data my_text.txt --encoding latin-1
-    gptbook generate | gptbook corpus --check -
+    gptbook generate --number 5 | gptbook corpus --check -
     """
     if check:
-        return check_file(check)
+        return check_file(check, encoding)
     corpus = open_corpus(data, encoding, n_stories=max(number, 1000))
     shown = list(islice(corpus.documents("train"), number))
     for text in shown:
@@ -335,19 +335,26 @@ def measure_story(text: str) -> str:
     return (f"the last story has {bits:.2f} bits under its grammar, "
             f"{bits / len(text.split()):.2f} a word")
 
-
-def check_file(path: str) -> int:  # 1 if there is a problem, else 0
-    """Print what `check_story` says about the text in a file, or on stdin for "-"."""
-    with click.open_file(path, encoding="utf-8") as file:
-        text = file.read(1_000_000).strip()
-    if not text:
+# %% ../nbs/11_command_line.ipynb #3f781589
+def check_file(path: str, encoding: str = "utf-8") -> int:  # 1 if there is a problem
+    """Print what `check_story` says about the stories in a file; "-" is stdin."""
+    try:
+        with click.open_file(path, encoding=encoding) as file:
+            text = file.read(1_000_000)
+    except (UnicodeError, LookupError):
+        said = f"{path} is not {encoding} text: name its --encoding"
+        raise ValueError(said) from None
+    stories = list(re.finditer(r"\S.*?(?=\s*\n\s*\n|\s*\Z)", text, re.DOTALL))
+    if not stories:
         raise ValueError(f"{path} is empty: give a story")
-    from gptbook.stories import check_story  # after the first checks: it takes seconds
+    from gptbook.critic import check_story  # after the first checks: it takes seconds
 
-    problems = check_story(text)
-    for p in problems:
-        click.echo(f"{p.start}: {p.kind.replace('_', ' ')}: {p.message}")
-    click.echo(f"{len(problems)} problem{'s' * (len(problems) != 1)}")
+    problems = [(story.start(), problem) for story in stories
+                for problem in check_story(story[0])]
+    for start, p in problems:
+        click.echo(f"{start + p.start}: {p.kind.replace('_', ' ')}: {p.message}")
+    many = f" in {len(stories)} stories" * (len(stories) > 1)
+    click.echo(f"{len(problems)} problem{'s' * (len(problems) != 1)}{many}")
     return 1 if problems else 0
 
 # %% ../nbs/11_command_line.ipynb #922f7e44
@@ -454,7 +461,7 @@ class Job:
         """Names the text and the tokenizer."""
         return hashlib.sha256(self.data.ids.tobytes()).hexdigest()
 
-
+# %% ../nbs/11_command_line.ipynb #2174d830
 def prepare(settings: dict, saved: dict | None = None) -> Job:
     """Read, tokenize, build and time; `saved` is the run.json of a run to resume."""
     from gptbook.core import GPTModel, init_weights, pick_device, set_seed
@@ -513,6 +520,7 @@ def count_steps(job: Job, config) -> int:
     return s["steps"] or config.steps
 
 # %% ../nbs/11_command_line.ipynb #020f1e97
+#| code-fold: true
 def plan(job: Job) -> str:
     """What is about to happen, in a few lines."""
     from gptbook.training import PRESETS

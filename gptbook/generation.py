@@ -55,6 +55,7 @@ def check_logits(logits: Tensor) -> Tensor:  # (B, V), at least float32
         row = int((~peak.isfinite()).nonzero()[0])
         raise ValueError(f"row {row} of the logits has the largest value "
                          f"{peak[row].item()}: no token can be drawn from it")
+    rows = rows.cpu() if rows.device.type == "mps" else rows  # it lacks float64
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 # %% ../nbs/06_generation.ipynb #1aae2191
@@ -99,7 +100,7 @@ def shortlist(logits, scale, top_k, top_p) -> tuple[Tensor, Tensor] | None:
     probs = probs.where(kept, 0).gather(1, order)
     return ids, probs / probs.sum(1, keepdim=True)
 
-
+# %% ../nbs/06_generation.ipynb #0e68cd3c
 def nucleus(logits, scaled, top_p, n_bins=4096) -> tuple[Tensor, Tensor]:
     """Candidates by mass among all V, by a histogram of distances from the peak."""
     probs = scaled.softmax(-1)
@@ -137,16 +138,17 @@ def candidates(
         ids = logits.argmax(-1, keepdim=True)  # of equal ones the lowest id
         return ids, torch.ones_like(ids, dtype=torch.double)
     peak = logits.amax(-1, keepdim=True)
-    heat = max(temperature, 1e-30)  # less would be a division by zero in float32
+    heat = float(min(max(temperature, 1e-30), 1e38))  # float32 has no 1e-50, no 1e50
     scale = lambda x: (x - peak) / heat
     n, everything = logits.shape[1], top_p in (None, 1)
+    mass = math.inf if everything else float(top_p)
     top_k = None if top_k is None or top_k >= n else top_k
     if top_k is None and everything:
         ids, banned = every_id(logits), logits.isinf()
         ids = ids.masked_fill(banned, -1) if banned.any() else ids
         return ids, scale(logits).softmax(-1)
-    found = shortlist(logits, scale, top_k, math.inf if everything else top_p)
-    return found or nucleus(logits, scale(logits.double()), top_p)
+    found = shortlist(logits, scale, top_k, mass)
+    return found or nucleus(logits, scale(logits.double()), mass)
 
 # %% ../nbs/06_generation.ipynb #71ac007c
 def draw(
@@ -171,9 +173,9 @@ def sample(
     """Draw one token a row. See `candidates` for the settings and errors."""
     ids, probs = candidates(logits, temperature, top_k, top_p)
     uniform = torch.rand(len(ids), generator=generator, dtype=torch.double)
-    return draw(ids, probs, uniform).view(logits.shape[:-1])
+    return draw(ids, probs, uniform).view(logits.shape[:-1]).to(logits.device)
 
-
+# %% ../nbs/06_generation.ipynb #ffd749b3
 def temperature_sampling(logits: Tensor, temperature: float = 1.0, **kwargs) -> Tensor:
     """Draw from softmax(logits / temperature); 0 takes the most likely token."""
     return sample(logits, temperature, **kwargs)
@@ -189,6 +191,11 @@ def top_p_sampling(logits: Tensor, p: float = 0.9, temperature=1.0, **kwargs) ->
     return sample(logits, temperature, top_p=p, **kwargs)
 
 # %% ../nbs/06_generation.ipynb #39404c39
+def is_whole(x) -> bool:
+    """A whole number of Python's or NumPy's, and no truth value."""
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
 def as_rows(input_ids, vocab_size: int) -> list[list[int]]:
     """Prompts as lists: a tensor (T,) or (B, T), a list of ids, or a list of lists."""
     listed = lambda x: x.tolist() if hasattr(x, "tolist") else x  # tensors and arrays
@@ -211,7 +218,7 @@ def as_rows(input_ids, vocab_size: int) -> list[list[int]]:
 def check_room(rows, length: int, limit: int | None, slide: bool) -> None:
     """Raise `ValueError` if the texts would not fit into the model's context."""
     longest = max(map(len, rows))
-    if type(length) is not int or length < 0:
+    if not is_whole(length) or length < 0:
         raise ValueError(f"length={length!r} must be a whole number >= 0")
     if limit is not None and longest > limit:
         raise ValueError(f"the prompt has {longest} tokens, the model's context only "
@@ -226,12 +233,13 @@ def row_seeds(seed, n_rows: int) -> list[int]:
     """One seed a row: seed + row, or the given ones, or new ones."""
     if seed is None:
         seed = int(torch.randint(2**62, ()))
-    listed = isinstance(seed, Sequence)
-    seeds = list(seed) if listed else [seed + b for b in range(n_rows)]
-    if len(seeds) != n_rows or any(type(s) is not int for s in seeds):
+    listed = seed.tolist() if hasattr(seed, "tolist") else seed  # tensors and arrays
+    one = not isinstance(listed, Sequence)
+    seeds = [listed + b for b in range(n_rows)] if one else list(listed)
+    if len(seeds) != n_rows or not all(map(is_whole, seeds)):
         raise ValueError(f"seed={seed!r}: give one whole number, or one for each of "
                          f"{n_rows} rows")
-    return seeds
+    return list(map(int, seeds))
 
 
 @contextmanager
@@ -245,7 +253,7 @@ def evaluating(model):
         for module, mode in modes:
             module.training = mode
 
-
+# %% ../nbs/06_generation.ipynb #a0f7dbe1
 def prefill(model: GPTModel, rows: list[list[int]], max_length: int | None):
     """Read prompts of any lengths, padded on the left: the cache, and (B, V) logits."""
     device, longest = model.tok_emb.weight.device, max(map(len, rows))
@@ -300,6 +308,7 @@ def write(model, texts, length, choose, end_of_text) -> Iterator[Tokens]:
 # %% ../nbs/06_generation.ipynb #bc21f00e
 def extend(texts, rows, ended, ids, logits) -> Tokens:
     """Write the drawn ids (B,) to the texts that go on, and report them."""
+    ids = ids.to(logits.device)
     told = logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0].tolist()
     tokens = Tokens([None] * len(texts), [None] * len(texts))
     for b, new, log_prob in zip(rows, ids.tolist(), told):
@@ -325,7 +334,7 @@ def generate_steps(
     texts = as_rows(input_ids, model.config.vocab_size)
     check_room(texts, length, model.max_positions, slide)
     check_sampling(temperature, top_k, top_p)
-    if end_of_text is not None and type(end_of_text) is not int:
+    if end_of_text is not None and not is_whole(end_of_text):
         raise ValueError(f"end_of_text={end_of_text!r} must be a token id or None")
     seeds = row_seeds(seed, len(texts))
     sources = [torch.Generator().manual_seed(s % 2**63) for s in seeds]
@@ -364,6 +373,7 @@ def generate_text(
     return (texts, told) if log_probs else texts
 
 # %% ../nbs/06_generation.ipynb #d1396274
+#| code-fold: true
 VIEW = r"""(() => {
 const R = document.getElementById("__ID__"), D = __DATA__, $ = s => R.querySelector(s);
 const bytes = Uint8Array.from(atob(D.logits), c => c.charCodeAt(0));
@@ -404,6 +414,21 @@ const show = () => {
 show(knobs.forEach(knob => knob.oninput = show));
 })();"""
 
+# %% ../nbs/06_generation.ipynb #126a0f37
+#| code-fold: true
+VIEW_STYLE = (
+    ".gbs .k{display:flex;flex-wrap:wrap;gap:.3rem 1.4rem}.gbs input{width:9rem;"
+    "vertical-align:middle;accent-color:#2b7de0}.gbs output{display:inline-block;"
+    "min-width:2.6em;"
+    "font-variant-numeric:tabular-nums;margin-left:.4em}.gbs .r div{display:grid;"
+    "grid-template-columns:6.5em 1fr 4em;gap:.6em;align-items:center;line-height:1.5}"
+    ".gbs .r span:first-child{text-align:right;white-space:pre;overflow:hidden}"
+    ".gbs .r span:last-child{font-variant-numeric:tabular-nums}.gbs .r span{position:"
+    "relative;min-height:1em}.gbs i{position:absolute;left:0;top:.15em;bottom:.15em;"
+    "box-sizing:border-box}.gbs i:first-child{border:1.5px solid;opacity:.6}"
+    ".gbs i:last-child{background:#2b7de0;opacity:.75}.gbs .s{margin:.5em 0}"
+)
+
 # %% ../nbs/06_generation.ipynb #a0b2b6a4
 def sampling_view(
     logits: Tensor,  # (V,); at most the 8,192 largest are taken
@@ -435,17 +460,3 @@ def sampling_view(
         f'{html.escape(title)}</b><div class="k">{knobs}</div><div class="r"></div><p '
         'class="s" aria-live="polite"></p><noscript>This view needs JavaScript; the '
         f'figures beside it do not.</noscript></div><script>{script}</script>')
-
-
-VIEW_STYLE = (
-    ".gbs .k{display:flex;flex-wrap:wrap;gap:.3rem 1.4rem}.gbs input{width:9rem;"
-    "vertical-align:middle;accent-color:#2b7de0}.gbs output{display:inline-block;"
-    "min-width:2.6em;"
-    "font-variant-numeric:tabular-nums;margin-left:.4em}.gbs .r div{display:grid;"
-    "grid-template-columns:6.5em 1fr 4em;gap:.6em;align-items:center;line-height:1.5}"
-    ".gbs .r span:first-child{text-align:right;white-space:pre;overflow:hidden}"
-    ".gbs .r span:last-child{font-variant-numeric:tabular-nums}.gbs .r span{position:"
-    "relative;min-height:1em}.gbs i{position:absolute;left:0;top:.15em;bottom:.15em;"
-    "box-sizing:border-box}.gbs i:first-child{border:1.5px solid;opacity:.6}"
-    ".gbs i:last-child{background:#2b7de0;opacity:.75}.gbs .s{margin:.5em 0}"
-)

@@ -18,8 +18,9 @@ from gptbook import cli
 from gptbook.checkpoints import load_model, save_model
 from gptbook.cli import Command, commands, explain, main
 from gptbook.core import GPTConfig, GPTModel, set_seed
+from gptbook.critic import corrupt_story
 from gptbook.generation import generate_text
-from gptbook.stories import corrupt_story, story_text
+from gptbook.stories import story_text
 from gptbook.tokenizer import train_bpe
 from gptbook.training import PRESETS
 
@@ -148,6 +149,7 @@ BAD = {
         *(f"--vocab-size {x}" for x in ["0", "-1", "256", "1000000", "x", "''"]),
         *(f"--check {x}" for x in ["missing.txt", "empty.txt", "binary.bin", "folder",
                                    "latin.txt", "good.txt/x", "'\0'", "x" * 300, *NAMES]),
+        *(f"--check good.txt --encoding {x}" for x in BAD_ENCODINGS[:4]),
         "--colour red", "stories", "--number", "--check", "--data", "--encoding", "-v",
         *(f"--number {x} --data good.txt" for x in NUMBERS),
     ],
@@ -545,7 +547,7 @@ def test_a_run_that_diverges_says_so(tmp_path, monkeypatch, capsys):
 
 
 def test_a_disk_that_fails_says_so_and_keeps_what_was_there(tmp_path, monkeypatch, capsys):
-    from gptbook import checkpoints
+    from gptbook import atomic_files
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text(TEXT)
 
@@ -554,7 +556,7 @@ def test_a_disk_that_fails_says_so_and_keeps_what_was_there(tmp_path, monkeypatc
             raise OSError(28, "No space left on device")
         return call(*args)
 
-    monkeypatch.setattr(checkpoints, "_disk", full)
+    monkeypatch.setattr(atomic_files, "_disk", full)
     assert main(shlex.split(f"train --data text.txt {FAST} --steps 3")) == 2
     err = capsys.readouterr().err
     assert "No space left" in err and len(err.splitlines()) <= 3
@@ -632,3 +634,31 @@ def test_corpus_checks_a_story(tmp_path, capsys):
         path.write_text(text + "\n")
         assert main(["corpus", "--check", str(path)]) == code
         assert n in capsys.readouterr().out
+
+
+def test_corpus_checks_each_story_of_a_file(tmp_path, capsys):
+    """What `generate --number` writes: many stories, each judged as one."""
+    right = [story_text(0, i) for i in range(3)]
+    wrong = corrupt_story(story_text(0, 5), "wrong_pronoun").text
+    path = tmp_path / "stories.txt"
+    path.write_text("\n\n".join(right) + "\n")
+    assert main(["corpus", "--check", str(path)]) == 0
+    assert capsys.readouterr().out == "0 problems in 3 stories\n"
+    path.write_text(wrong)
+    assert main(["corpus", "--check", str(path)]) == 1
+    place, told = capsys.readouterr().out.split(":", 1)
+    for before in ("\n\n", right[0] + "\n\n", right[1] + "\n \n\n" + right[2] + "\n\n"):
+        path.write_text(before + wrong + "\n\n")  # the same slip, further down
+        assert main(["corpus", "--check", str(path)]) == 1
+        said = capsys.readouterr().out
+        assert said.startswith(f"{int(place) + len(before)}:{told.splitlines()[0]}\n")
+
+
+def test_corpus_checks_in_the_encoding_that_it_is_told(tmp_path, capsys, here):
+    text = story_text(0, 5)
+    (tmp_path / "wide.txt").write_text(text, encoding="utf-16")
+    line = ["corpus", "--check", str(tmp_path / "wide.txt")]
+    assert main([*line, "--encoding", "utf-16"]) == 0
+    assert "0 problems" in capsys.readouterr().out
+    said = check_bad(capsys, tmp_path, line)
+    assert "wide.txt" in said and "utf-8" in said and "--encoding" in said

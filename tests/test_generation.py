@@ -538,3 +538,59 @@ def test_a_model_of_nan_is_a_value_error():
 def test_half_precision(writer):
     model = loud().to(torch.bfloat16)
     assert len(generate_text(model, PROMPTS, 5, top_p=0.9)[0]) == 13
+
+
+# --- found by a second reading --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1e38, 1e39, 1e300, 10**400])
+@pytest.mark.parametrize("cut", [dict(), dict(top_k=3), dict(top_p=0.5)])
+def test_any_heat_draws_among_those_that_are_allowed(temperature, cut):
+    """A temperature past float32's largest number made -inf / inf, that is NaN."""
+    logits = torch.randn(2, 1500, generator=torch.Generator().manual_seed(0))
+    logits[:, 3:1400] = -math.inf
+    ids, probs = candidates(logits, temperature, **cut)
+    assert probs.isfinite().all()
+    torch.testing.assert_close(probs.double().sum(1), torch.ones(2).double())
+    kept = [set(row[row >= 0].tolist()) for row in ids]
+    allowed = {0, 1, 2, *range(1400, 1500)}
+    assert all(row <= allowed for row in kept)
+    assert len(kept[0]) == {(): 103, ("top_k",): 3, ("top_p",): 52}[tuple(cut)]
+
+
+def test_numbers_of_numpy_are_whole_numbers_too(writer):
+    want = generate_text(writer, PROMPTS[:2], 6, top_k=5, end_of_text=3, seed=[4, 5])
+    for seed in (np.int64(4), np.array([4, 5]), [np.int64(4), 5], torch.tensor([4, 5])):
+        assert generate_text(writer, PROMPTS[:2], np.int64(6), top_k=np.int64(5),
+                             end_of_text=np.int64(3), seed=seed) == want
+    for bad in (dict(length=True), dict(seed=np.float64(4)), dict(end_of_text=True),
+                dict(seed=torch.tensor([0.5, 1.5]))):
+        with pytest.raises(ValueError):
+            generate_text(writer, PROMPTS[:2], **{"length": 3, **bad})
+
+
+@pytest.mark.skipif(not torch.backends.mps.is_available(), reason="a Mac's GPU")
+def test_a_device_without_float64(writer):
+    logits = torch.tensor([[0.0, 9, 1]], device="mps")
+    for options in (dict(temperature=0), dict(), dict(top_k=2), dict(top_p=0.9)):
+        assert sample(logits, **options).device.type == "mps"
+    model = loud().to("mps")
+    assert generate_text(model, PROMPTS, 5, temperature=0) == generate_text(
+        writer, PROMPTS, 5, temperature=0)
+
+
+def test_the_histogram_equals_the_definition_at_its_edges():
+    """Ties across the crossing bin, all tokens in one bin, and a far tail."""
+    g = torch.Generator().manual_seed(1)
+    flat = torch.zeros(1, 3000)
+    tied = torch.randint(3, (1, 3000), generator=g) / 4
+    tail = torch.cat([0.01 * torch.randn(1, 1500, generator=g), torch.full((1, 1500), -90.0)], 1)
+    for logits in (flat, tied, tail):
+        for p in (0.4, 0.5, 0.9, 0.999):
+            ids, _ = candidates(logits, top_p=p)
+            order = logits[0].sort(descending=True, stable=True).indices
+            own = logits[0].double().softmax(0)[order]
+            n = int((own.cumsum(0) - own < p - 1e-12).sum())
+            kept = set(ids[0][ids[0] >= 0].tolist())
+            assert abs(len(kept) - n) <= 1  # a sum of equal shares may meet p exactly
+            assert kept == set(order[: len(kept)].tolist())
