@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RECIPES', 'TRANSFORMS', 'Positions', 'Causal', 'visible', 'naive_attention', 'pairwise_bias', 'sdpa', 'check_sizes',
            'GPTConfig', 'MultiHeadAttention', 'FeedForward', 'LearnedPositions', 'Block', 'gpt2', 'recipe_slots',
-           'fill_slots', 'GPTModel', 'embed', 'make_positions', 'init_weights', 'set_seed', 'pick_device', 'LossModel',
-           'auxiliary_loss', 'clear_auxiliary_loss', 'replace_modules', 'without_base', 'check_nesting', 'check_twice',
-           'like']
+           'fill_slots', 'GPTModel', 'embed', 'make_positions', 'init_weights', 'innermost', 'set_seed', 'pick_device',
+           'LossModel', 'auxiliary_loss', 'clear_auxiliary_loss', 'replace_modules', 'without_base', 'check_nesting',
+           'check_twice', 'like']
 
 # %% ../nbs/00_core.ipynb #a2bec8c9
 import inspect
@@ -15,7 +15,7 @@ import json
 import math
 import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -161,8 +161,9 @@ class GPTConfig:
             raise ValueError(f"options={self.options!r} is not JSON: {error}") from None
         object.__setattr__(self, "options", json.loads(text))
 
-    def __hash__(self):
-        return hash(json.dumps(asdict(self), sort_keys=True))
+    def __hash__(self):  # equal configs hash alike, be it 0 or 0.0
+        *sizes, options = vars(self).values()
+        return hash((*sizes, *options))
 
     @property
     def head_dim(self) -> int:
@@ -324,8 +325,9 @@ class GPTModel(nn.Module):
 
     def tie(self) -> None:
         """Make head and token embedding one tensor again, if the config says so."""
-        if self.config.tied:
-            self.head.weight = self.tok_emb.weight
+        head, table = innermost(self.head), innermost(self.tok_emb)
+        if self.config.tied and isinstance(head, nn.Linear):
+            head.weight = table.weight
 
     def features(self, input_ids: Tensor, *, positions=None, cache=None) -> Tensor:
         """All but the head: the residual stream after the last norm, (B, T, C)."""
@@ -346,9 +348,9 @@ def embed(model: GPTModel, input_ids: Tensor) -> Tensor:  # (B, T, C)
     """Token ids to vectors; vectors pass through. Raises `ValueError` for a bad id."""
     shape = tuple(input_ids.shape)
     if input_ids.is_floating_point():
-        if input_ids.dim() != 3 or shape[2] != model.config.emb_dim:
+        if input_ids.dim() != 3 or 0 in shape or shape[2] != model.config.emb_dim:
             raise ValueError(f"embeddings are {shape}, expected (B, T, "
-                             f"{model.config.emb_dim})")
+                             f"{model.config.emb_dim}) with T >= 1")
         return input_ids
     if input_ids.dim() != 2 or 0 in shape:
         raise ValueError(f"input_ids have shape {shape}, expected (B, T) with T >= 1")
@@ -375,8 +377,9 @@ def make_positions(
         where = Positions(torch.arange(n_tokens, device=x.device)[None], aligned=True)
     else:
         where = Positions(positions if positions.dim() == 2 else positions[None])
-        if where.index.shape[1] != n_tokens:
-            raise ValueError(f"{where.index.shape[1]} positions for {n_tokens} tokens")
+        if where.index.shape not in ((1, n_tokens), (len(x), n_tokens)):
+            raise ValueError(f"positions of shape {tuple(positions.shape)} do not fit "
+                             f"{len(x)} rows of {n_tokens} tokens")
         looks = limit is not None and not torch.compiler.is_compiling()
         last = where.index.max().item() if looks else -1
     if limit is not None and last >= limit:
@@ -396,6 +399,13 @@ def init_weights(model: GPTModel, std: float = 0.02) -> None:
                 nn.init.zeros_(module.bias)
 
 
+def innermost(module: nn.Module) -> nn.Module:
+    """The module that all its wrappers hold: they keep it as `.base`."""
+    while isinstance(getattr(module, "base", None), nn.Module):
+        module = module.base
+    return module
+
+# %% ../nbs/00_core.ipynb #5300ea35
 def set_seed(seed: int) -> None:
     """Seed Python, NumPy and PyTorch (all devices)."""
     random.seed(seed)
@@ -407,15 +417,18 @@ def pick_device(
     name: str | None = None,  # "cpu", "cuda", "cuda:1", "mps"; None picks the best
 ) -> torch.device:
     """The device to run on. Raises `ValueError` if the named one is not there."""
-    there = {"cuda": torch.cuda.is_available(),
-             "mps": torch.backends.mps.is_available()}
+    there = {  # how many of each kind
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+        "cpu": 1,
+    }
     if name is None:
-        return torch.device(next((d for d, here in there.items() if here), "cpu"))
+        return torch.device(next(kind for kind, count in there.items() if count))
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"unknown device {name!r}; try cpu, cuda or mps") from None
-    if not there.get(device.type, device.type == "cpu"):
+    if (device.index or 0) >= there.get(device.type, 0):
         raise ValueError(f"device {name!r} is not available here; try cpu")
     return device
 
@@ -505,14 +518,17 @@ def check_twice(model: nn.Module, paths: list[str], new: nn.Module) -> None:
             if type(model.get_submodule(path)) is type(new):
                 raise ValueError(f"{path} is a {type(new).__name__} already")
 
-
+# %% ../nbs/00_core.ipynb #7319e32f
 def like(new: nn.Module, old: nn.Module) -> None:
-    """Give `new` the device, the dtype of its floating parameters, and the mode."""
+    """Give what is new the device, dtype and mode of the old, which stays as it is."""
+    modes = [(m, m.training) for m in old.modules()]
     new.train(old.training)
-    model = next(old.parameters(), None)
-    if model is None:
-        return
-    new.to(model.device)
+    for module, mode in modes:
+        module.training = mode
+    kept = [*old.parameters(), *old.buffers()]
+    if kept:
+        new.to(kept[0].device)
+    dtype = next((x.dtype for x in kept if x.is_floating_point()), None)
     for p in new.parameters():
-        if p.is_floating_point() and model.is_floating_point():
-            p.data = p.data.to(model.dtype)
+        if dtype and p.is_floating_point() and not any(p is x for x in kept):
+            p.data = p.data.to(dtype)

@@ -355,3 +355,70 @@ def test_any_config_value_is_accepted_or_a_value_error(name, value):
         replace(SMALL, **{name: value})
     except ValueError:
         pass
+
+
+def test_equal_configs_hash_alike():
+    for a, b in ((dict(drop_rate=0), dict(drop_rate=0.0)),
+                 (dict(options={"x": 1}), dict(options={"x": 1.0}))):
+        a, b = replace(SMALL, **a), replace(SMALL, **b)
+        assert a == b and hash(a) == hash(b) and {a: 7}[b] == 7
+    assert hash(SMALL) != hash(replace(SMALL, n_layers=3))
+
+
+@pytest.mark.parametrize("rows, shape", [(1, (3, 4)), (2, (3, 4)), (2, (1, 2, 4)), (2, ())])
+def test_positions_of_another_batch_are_refused(rows, shape):
+    """One row with the positions of three used to become three rows, silently."""
+    ids = torch.randint(61, (rows, 4))
+    with pytest.raises(ValueError, match=f"positions .* {rows} rows of 4 tokens"):
+        GPTModel(SMALL)(ids, positions=torch.zeros(shape, dtype=torch.long))
+
+
+def test_empty_embeddings_are_refused():
+    with pytest.raises(ValueError, match="T >= 1"):
+        GPTModel(SMALL)(torch.zeros(1, 0, 24))
+
+
+def test_replace_modules_leaves_the_wrapped_module_as_it_is():
+    """Norms in fp32 in a bf16 model, and a part that sleeps in a model that trains."""
+    model = GPTModel(SMALL).to(torch.bfloat16)
+    for block in model.blocks:
+        block.norm1.float()
+        block.mlp.eval()
+    before = {id(m): m.training for m in model.modules()}
+    dtypes = [p.dtype for p in model.parameters()]
+    replace_modules(model, lambda n, m: isinstance(m, Block), lambda n, m: Wrapper(m))
+    assert [p.dtype for n, p in model.named_parameters() if "extra" not in n] == dtypes
+    assert all(before.get(id(m), m.training) == m.training for m in model.modules())
+    assert model.blocks[0].training
+
+
+def test_a_wrapper_of_a_module_with_buffers_only_gets_its_device():
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("weight", torch.zeros(3, dtype=torch.bfloat16, device="meta"))
+
+    model = nn.Sequential(Table())
+    replace_modules(model, lambda n, m: isinstance(m, Table), lambda n, m: Wrapper(m))
+    assert model[0].extra.device.type == "meta" and model[0].extra.dtype == torch.bfloat16
+
+
+def test_tie_reaches_through_wrappers():
+    for name in ("head", "tok_emb"):
+        model = GPTModel(SMALL)
+        replace_modules(model, lambda n, m: n == name, lambda n, m: Wrapper(m))
+        keys = list(model.state_dict())
+        inner = [part.base if isinstance(part, Wrapper) else part
+                 for part in (model.head, model.tok_emb)]
+        inner[0].weight = nn.Parameter(inner[1].weight.detach().clone())
+        model.tie()
+        assert inner[0].weight is inner[1].weight and list(model.state_dict()) == keys
+
+
+def test_a_device_past_the_last_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    assert pick_device("cuda").type == pick_device().type == "cuda"
+    with pytest.raises(ValueError, match="cuda:2"):
+        pick_device("cuda:2")
