@@ -158,7 +158,7 @@ class CacheRows:
         limits = [[n for n in (ring, self.max_length) if n] for ring in rings]
         self.spare, self.sizes = spare, [min(n) for n in limits]  # slots a layer
         self.buffers = [None] * len(self.sizes)  # (keys, values), each (B, K, size, D)
-        self.device = model.tok_emb.weight.device
+        self.device = next(model.parameters()).device
         self._filled, self._step = Filled(), None
 
     @property
