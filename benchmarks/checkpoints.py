@@ -13,6 +13,7 @@ from unittest import mock
 import safetensors.torch
 import torch
 
+from gptbook import atomic_files as af
 from gptbook import checkpoints as ck
 from gptbook.core import GPTConfig, GPTModel
 from results_file import record
@@ -49,7 +50,7 @@ def measure(sizes: tuple, folder: Path, repeats: int) -> dict:
 
     def save_unsynced():
         skip = lambda call, *args: None if call is os.fsync else call(*args)
-        with mock.patch.object(ck, "_disk", skip):
+        with mock.patch.object(af, "_disk", skip):
             ck.save_model(ours, model)
 
     def load_pt():

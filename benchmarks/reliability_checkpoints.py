@@ -32,6 +32,7 @@ from unittest import mock
 
 import torch
 
+from gptbook import atomic_files as af
 from gptbook import checkpoints as ck
 from gptbook.checkpoints import CheckpointError, load_model, load_state
 from hostile_checkpoints import (
@@ -94,10 +95,10 @@ def _careless(folder: Path, version: int) -> None:
             whole.write(chunk) for chunk in chunks]):
         MODEL.save(folder, version)
     path = folder / "best_model.safetensors"
-    file = ck._disk(os.open, path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    file = af._disk(os.open, path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         for part in whole.getvalue()[:2000], whole.getvalue()[2000:]:
-            ck._disk(os.write, file, part)
+            af._disk(os.write, file, part)
     finally:
         os.close(file)
 
@@ -105,8 +106,8 @@ def _careless(folder: Path, version: int) -> None:
 def _unsynced(folder: Path, version: int) -> None:
     """A rename without fsync: safe against a crash of the process, not of the machine."""
     skip = lambda call, *args: None if call is os.fsync else call(*args)
-    seam = ck._disk
-    with mock.patch.object(ck, "_disk", lambda call, *args: skip(
+    seam = af._disk
+    with mock.patch.object(af, "_disk", lambda call, *args: skip(
             lambda *a: seam(call, *a), *args) if call is not os.fsync else None):
         MODEL.save(folder, version)
 
@@ -153,7 +154,7 @@ def _killed(subject: Subject, folder: Path, version: int, disk: Callable) -> Non
         child = os.fork()
     if child == 0:
         try:
-            with mock.patch.object(ck, "_disk", disk):
+            with mock.patch.object(af, "_disk", disk):
                 subject.save(folder, version)
         finally:
             os._exit(1)
@@ -175,7 +176,7 @@ def calls_of(subject: Subject) -> list[str]:
         folder, log = Path(temporary), []
         for version in (1, 2):
             subject.save(folder, version)
-        with mock.patch.object(ck, "_disk", _failing(-1, "", log)):
+        with mock.patch.object(af, "_disk", _failing(-1, "", log)):
             subject.save(folder, 3)
         return log
 
@@ -192,7 +193,7 @@ def fault_trial(subject: Subject, at: int, kind: str) -> str:  # "previous" or "
             _killed(subject, folder, 3, disk)
         else:
             try:
-                with mock.patch.object(ck, "_disk", disk):
+                with mock.patch.object(af, "_disk", disk):
                     subject.save(folder, 3)
             except CheckpointError as raised:
                 error = raised
@@ -294,7 +295,7 @@ def power_cut_trials(subject: Subject) -> Counter:
         for version in (1, 2):
             subject.save(folder, version)
         recorder = Recorder(folder)
-        with mock.patch.object(ck, "_disk", recorder):
+        with mock.patch.object(af, "_disk", recorder):
             subject.save(folder, 3)
         for i, state in enumerate(recorder.states):
             for names in ("now", "on_disk"):

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoints import atomic_write, load_state, save_model, save_state
+from .atomic_files import atomic_write
+from .checkpoints import load_state, save_model, save_state
 from .core import GPTConfig, GPTModel, LossModel, MultiHeadAttention
 from .core import auxiliary_loss, clear_auxiliary_loss, naive_attention, sdpa
 from .data import TokenDataset

@@ -635,7 +635,7 @@ def test_resume_from_nothing_and_unwritable_folder(tmp_path):
 def test_a_failed_save_keeps_the_earlier_one(monkeypatch, tmp_path):
     def full(r):
         if r.step == 5:
-            monkeypatch.setattr("gptbook.checkpoints._write", no_space)
+            monkeypatch.setattr("gptbook.atomic_files._write", no_space)
 
     def no_space(*args):
         raise OSError(28, "No space left on device")
