@@ -1,7 +1,10 @@
 """Rows R2 and R3 of the reliability scoreboard, one figure a row.
 
-    python benchmarks/reliability_checkpoints.py            the full counts
-    python benchmarks/reliability_checkpoints.py --quick    those of `make test`
+    python benchmarks/reliability_checkpoints.py                     the full counts
+    python benchmarks/reliability_checkpoints.py --mutations 1000    fewer, in minutes
+    python benchmarks/reliability_checkpoints.py --quick             those of `make test`
+
+All but the last write benchmarks/results/reliability_checkpoints.json.
 
 R2  A fault (disk full, I/O error, SIGKILL, power cut) at every write, fsync and rename
     of a save: the previous checkpoint stays, the next save works, nothing is left over.
@@ -518,8 +521,11 @@ def report_r3(count: int, every: bool) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="the counts of make test")
-    quick = parser.parse_args().quick
-    r2, r3 = report_r2(), report_r3(300 if quick else 4000, not quick)
+    parser.add_argument("--mutations", type=int, metavar="N", help="N random mutations, "
+                        "without every truncation, every flip and Python's own memory count")
+    args = parser.parse_args()
+    quick, few = args.quick, args.mutations or (300 if args.quick else 0)
+    r2, r3 = report_r2(), report_r3(few or 4000, every=not few)
     print(f"R2  {r2['faults']} faults and {r2['power_cuts']} power cuts: {r2['lost']} lost")
     counts = r3["counts"]
     print(f"R3  {r3['refused']}/{sum(counts.values())} hostile checkpoints refused "

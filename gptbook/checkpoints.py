@@ -19,7 +19,7 @@ import stat
 import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
 from math import prod
 from pathlib import Path
@@ -161,6 +161,10 @@ def _read_header(file, size: int) -> tuple[bytes, dict, dict]:
 _DAMAGED = "The file is damaged, altered or no checkpoint: copy it again or use another"
 
 
+class _Newer(ValueError):
+    """Something that this version does not know, and a later one may."""
+
+
 @contextmanager
 def _refusing(path, cure: str = _DAMAGED):
     """Turn whatever goes wrong inside into one `CheckpointError` about this file."""
@@ -173,7 +177,9 @@ def _refusing(path, cure: str = _DAMAGED):
         raise CheckpointError(path, cause, cure) from error
     except Exception as error:
         cause = str(error)[:400]
-        if type(error) is not ValueError:  # not foreseen: keep its name
+        if isinstance(error, _Newer):
+            cure = "It is from a newer gptbook or another program: update or convert it"
+        elif type(error) is not ValueError:  # not foreseen: keep its name
             name = type(error).__name__
             cause = f"it is not built like a checkpoint ({name}: {cause})"
         raise CheckpointError(path, cause, cure) from error
@@ -259,11 +265,13 @@ def _check_meta(meta) -> dict:
     """Raise `ValueError` unless this describes a model that could exist."""
     kinds = {key: type(value) for key, value in _meta({}).items()}
     if not isinstance(meta, dict) or meta.get("format") != 1 or set(meta) != set(kinds):
-        raise ValueError("its metadata is not of format 1: a newer gptbook may read it")
+        raise _Newer("its metadata is not of format 1")
     for key, kind in kinds.items():
         allowed = (kind, dict) if key == "tokenizer" else kind
         if not isinstance(meta[key], allowed):
             raise ValueError(f"its {key} is of type {type(meta[key]).__name__}")
+    if unknown := meta["config"].keys() - {f.name for f in fields(GPTConfig)}:
+        raise _Newer(f"its config has the unknown entry {min(map(str, unknown))!r}")
     for value in meta["config"].values():
         if type(value) is int and value >= 1 << 31:
             raise ValueError(f"its config holds the number {value:,}")
@@ -302,8 +310,9 @@ def save_model(
 ) -> Path:
     """Save weights, config, tokenizer and info as one safetensors file, atomically.
 
-    Raises `CheckpointError` before anything is written if a weight is not finite."""
+    Raises `CheckpointError` before anything is written if it could not be loaded."""
     path, model = Path(path), getattr(model, "_orig_mod", model)
+    _check_dtype(dtype)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} must end in .safetensors; for .pt there is export_pt")
     meta = _meta(
@@ -314,10 +323,32 @@ def save_model(
         text = json.dumps(meta)
         _check_meta(_json(text))
         weights = {n: _cast(t.detach(), dtype) for n, t in _weights(model)[0].items()}
-        _check_finite(weights)
+        _check_loadable(model, weights, tokenizer)
         chunks = _seal(encode_tensors(weights, {"gptbook": text}))
         _json(chunks[0][8:])
     return atomic_write(path, chunks)
+
+# %% ../nbs/00d_checkpoints.ipynb #c4ec1d0a
+#| code-fold: true
+def _check_loadable(model: GPTModel, weights: dict, tokenizer) -> None:
+    """Raise `ValueError` for what `load_model` would refuse."""
+    _check_finite(weights)
+    if tokenizer is not None:
+        _check_vocabulary(tokenizer.n_vocab, model.config.vocab_size)
+    twice = [weights[n] for n in ("tok_emb.weight", "head.weight") if n in weights]
+    if model.config.tied and not model.transforms and len(twice) == 2:
+        if not torch.equal(*twice):
+            raise ValueError("its config ties the head to the embedding, they differ")
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype} must be a floating-point type, or None")
+
+
+def _check_vocabulary(count: int, vocab_size: int) -> None:
+    if count > vocab_size:
+        raise ValueError(f"its tokenizer has {count} tokens, its model {vocab_size}")
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -360,11 +391,12 @@ def _build(meta: dict, slots: dict, n_tensors: int) -> GPTModel:
 def _check_fit(blueprint: GPTModel, tensors: dict, size: int) -> None:
     """Raise `ValueError` unless the tensors in a file are those of the model."""
     weights, aliases = _weights(blueprint)
-    missing, extra = weights.keys() - tensors.keys(), tensors.keys() - weights.keys()
-    if missing:
-        raise ValueError(f"it lacks {len(missing)} tensors: {sorted(missing)[:3]}")
-    if extra := extra - aliases.keys():
-        raise ValueError(f"it has {len(extra)} unknown tensors: {sorted(extra)[:3]}")
+    missing = sorted(weights.keys() - tensors.keys())
+    extra = sorted(tensors.keys() - weights.keys() - aliases.keys())
+    wrong = [f"it {verb} {len(names)} {kind}: {names[:3]}" for verb, kind, names in (
+        ("lacks", "tensors", missing), ("has", "unknown tensors", extra)) if names]
+    if wrong:
+        raise ValueError("; ".join(wrong))
     for name in tensors:
         mine, its = weights[aliases.get(name, name)], tensors[name]
         if list(mine.shape) != list(its.shape):
@@ -430,6 +462,7 @@ def load_model(
     Raises `CheckpointError` with the file, the cause and the cure."""
     for name in set(slots) - set(_SLOTS):
         raise TypeError(f"load_model() got an unexpected keyword argument {name!r}")
+    _check_dtype(dtype)
     path = find_checkpoint(path)
     with _opened(path) as (file, size):
         source = _read(file, size)
@@ -512,11 +545,9 @@ def _tokenizer(held: dict | None, vocab_size: int) -> Tokenizer | None:
     if held is None:
         return None
     count = len(held.get("tokens", ()))  # before it is built: it may be huge
-    if count <= vocab_size:
-        tokenizer = Tokenizer.from_dict(held)
-        count = tokenizer.n_vocab
-    if count > vocab_size:
-        raise ValueError(f"its tokenizer has {count} tokens, its model {vocab_size}")
+    _check_vocabulary(count, vocab_size)
+    tokenizer = Tokenizer.from_dict(held)
+    _check_vocabulary(tokenizer.n_vocab, vocab_size)
     return tokenizer
 
 # %% ../nbs/00d_checkpoints.ipynb #40155f4a
@@ -859,7 +890,7 @@ def _load_save(save: Path) -> dict:
         manifest = _json(raw := file.read(_JSON_BYTES + 1))
         _check_seal(manifest["sha256"], [raw])
         if manifest["format"] != 1 or set(manifest["files"]) != {_STATE, _TENSORS}:
-            raise ValueError("its format is not 1: a newer gptbook may read it")
+            raise _Newer("its format is not 1")
     with _opened(save / _STATE, follow=False) as (file, size):
         tree = _json(raw := file.read(_JSON_BYTES + 1))
         _check_sum(manifest, _STATE, [raw])

@@ -235,6 +235,56 @@ def test_refuses_to_save_what_could_not_be_loaded(tmp_path):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["m.safetensors"]
 
 
+def test_what_could_not_be_loaded_again_does_not_replace_what_can(tmp_path):
+    path = save_model(tmp_path / "m.safetensors", model_of(), step=1)
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match="tokenizer has 257 tokens, its model 64.*untouched"):
+        save_model(path, model_of(), hostile.byte_tokenizer())
+    loose = model_of()
+    loose.head.weight = nn.Parameter(loose.head.weight.detach().clone())
+    save_model(tmp_path / "equal.safetensors", loose)  # untied, but equal: loads, tied again
+    again = load_model(tmp_path / "equal.safetensors").model
+    assert again.head.weight is again.tok_emb.weight
+    with torch.no_grad():
+        loose.head.weight += 1
+    with pytest.raises(CheckpointError, match="ties the head to the embedding, they differ"):
+        save_model(path, loose)
+    big = model_of()
+    with torch.no_grad():
+        big.tok_emb.weight *= 1e9  # infinite in float16
+    with pytest.raises(CheckpointError, match="NaN or infinite"):
+        save_model(path, big, dtype=torch.float16)
+    for dtype in (torch.int32, torch.bool, torch.uint8):
+        with pytest.raises(ValueError, match=f"dtype={dtype} must be a floating-point type"):
+            save_model(path, model_of(), dtype=dtype)
+        with pytest.raises(ValueError, match=f"dtype={dtype} must be a floating-point type"):
+            load_model(path, dtype=dtype)
+    assert path.read_bytes() == before
+
+
+def test_files_of_other_versions_and_of_wrappers_say_so(tmp_path):
+    path, model = save_model(tmp_path / "m.safetensors", model_of()), model_of()
+    header, meta, data = hostile.parts(path.read_bytes())
+
+    def changed(**config):
+        path.write_bytes(hostile.whole(header, {**meta, "config": config}, data))
+        return path
+
+    known = meta["config"]
+    older = {k: v for k, v in known.items() if k not in ("options", "n_kv_heads", "tied")}
+    assert load_model(changed(**older)).config == model.config  # defaults fill it up
+    with pytest.raises(CheckpointError, match="unknown entry 'softcap'.*newer gptbook.*update"):
+        load_model(changed(**known, softcap=30))
+    path.write_bytes(hostile.whole(header, {**meta, "format": 2}, data))
+    with pytest.raises(CheckpointError, match="not of format 1. It is from a newer gptbook"):
+        load_model(path)
+    for prefix in ("module.", "_orig_mod."):
+        torch.save({"config": known, "model_state_dict": {
+            prefix + name: t for name, t in model.state_dict().items()}}, tmp_path / "w.pt")
+        with pytest.raises(CheckpointError, match=f"lacks .*; it has .* unknown .*'{prefix}"):
+            load_model(tmp_path / "w.pt")
+
+
 def test_foreign_files_are_checked_and_need_a_config(tmp_path):
     model, path = model_of(), tmp_path / "foreign.safetensors"
     state = {name: t.clone() for name, t in model.state_dict().items()}
