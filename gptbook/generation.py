@@ -256,7 +256,7 @@ def evaluating(model):
 # %% ../nbs/06_generation.ipynb #a0f7dbe1
 def prefill(model: GPTModel, rows: list[list[int]], max_length: int | None):
     """Read prompts of any lengths, padded on the left: the cache, and (B, V) logits."""
-    device, longest = model.tok_emb.weight.device, max(map(len, rows))
+    device, longest = next(model.parameters()).device, max(map(len, rows))
     padded = [[0] * (longest - len(row)) + row for row in rows]
     where = [[-1] * (longest - len(row)) + list(range(len(row))) for row in rows]
     even = all(len(row) == longest for row in rows)  # then the fast path may be taken

@@ -652,7 +652,7 @@ class Preset:
     warmup: float = 0.03  # share of the steps in which the rate climbs
     floor: float = 0.02  # share of the rate that is left at the end
     init_std: float = 0.07  # of the weights, for `init_weights`
-    stories: int = 12_500  # how many are made when there is no other text
+    stories: int = 17_000  # how many are made when there is no other text
 
     def model_config(self, vocab_size: int) -> GPTConfig:
         """The model's config for a tokenizer of so many tokens."""
@@ -664,8 +664,8 @@ PRESETS = {
         dict(context_length=192, emb_dim=64, n_layers=2, n_heads=2),
         TrainConfig(600, learning_rate=4e-3, betas=(0.9, 0.98)), stories=3000),
     "small": Preset(
-        dict(context_length=192, emb_dim=192, n_layers=4, n_heads=4),
-        TrainConfig(2500, learning_rate=3e-3, betas=(0.9, 0.98), validate_every=500,
+        dict(context_length=192, emb_dim=192, n_layers=3, n_heads=4),
+        TrainConfig(3400, learning_rate=3e-3, betas=(0.9, 0.98), validate_every=500,
                     save_every=500, validation_batches=60)),
     "medium": Preset(
         dict(context_length=256, emb_dim=384, n_layers=6, n_heads=6),

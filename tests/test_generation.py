@@ -2,6 +2,7 @@
 import itertools
 import math
 import random
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gptbook import generation
-from gptbook.core import GPTConfig, GPTModel, set_seed
+from gptbook.core import GPTConfig, GPTModel, replace_modules, set_seed
 from gptbook.generation import (
     Tokens, candidates, draw, generate_steps, generate_text, largest, sample,
     sampling_view, temperature_sampling, top_k_sampling, top_p_sampling,
@@ -519,6 +520,21 @@ def test_modes_and_gradients_come_back():
     assert [m.training for m in model.modules()] == modes and torch.is_grad_enabled()
     generate_text(model, [1, 2], 5)
     assert [m.training for m in model.modules()] == modes and torch.is_grad_enabled()
+
+
+def test_a_wrapped_embedding_writes_the_same(model):
+    class Wrapped(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def forward(self, x):
+            return self.base(x)
+
+    expected = generate_text(model, [[1, 2, 3]], 6, seed=0)
+    other = deepcopy(model)
+    replace_modules(other, lambda name, m: name == "tok_emb", lambda name, m: Wrapped(m))
+    assert generate_text(other, [[1, 2, 3]], 6, seed=0) == expected
 
 
 def test_dropout_is_off_while_writing():
