@@ -30,7 +30,7 @@ SEED = 1  # another seed than the default corpus, so that its held-out stories a
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--stories", type=int, default=100_000)
+    parser.add_argument("--stories", type=int, default=75_000)
     parser.add_argument("--steps", type=int, default=15_000)
     parser.add_argument("--batch-size", type=int, default=5)
     parser.add_argument("--context-length", type=int, default=192)
