@@ -102,7 +102,7 @@ def main():
     parser.add_argument("--demo", action="store_true", help="judge the model that travels")
     parser.add_argument("--name", default="train_stories")
     parser.add_argument("--stories", type=int, default=600)
-    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--samples", type=int, default=1000)
     args = parser.parse_args()
     name, checkpoint, figures = args.name, args.checkpoint, {}
     if args.demo:
