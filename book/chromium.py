@@ -153,16 +153,23 @@ class Page:
         return self.browser.send(method, self.session, **params)
 
     def open(self, url: str, settle: float = 0.2) -> "Page":
-        """Load `url`, wait for its formulas, and let scripts and late requests settle."""
+        """Load `url`, wait for its formulas, and let scripts and late requests settle.
+
+        A page that sends the reader on, as the site's front door does, is followed."""
         self.browser.events = [e for e in self.browser.events
                                if e.get("sessionId") != self.session]
         self._send("Page.navigate", url=url)
         self.browser.wait("Page.loadEventFired", self.session)
-        self.evaluate("window.MathJax && MathJax.startup && MathJax.startup.promise "
-                      "? MathJax.startup.promise.then(() => 1) : 1")
-        time.sleep(settle)
-        self.evaluate("1")
-        return self
+        for attempt in range(3):
+            try:
+                self.evaluate("window.MathJax && MathJax.startup && MathJax.startup.promise "
+                              "? MathJax.startup.promise.then(() => 1) : 1")
+                time.sleep(settle)
+                self.evaluate("1")
+                return self
+            except RuntimeError as error:  # it went on to another page meanwhile
+                if "navigated" not in str(error) or attempt == 2:
+                    raise
 
     def _events(self, method):
         return [e["params"] for e in self.browser.events

@@ -48,6 +48,17 @@ def page_name(path: Path, site: Path) -> str:
 
 
 # In the browser ----------------------------------------------------------------------
+@needs_chromium
+def test_a_page_that_sends_the_reader_on_is_followed(tmp_path):
+    """It leaves while its formulas are waited for, as the front door may on a slow machine."""
+    (tmp_path / "a.html").write_text("<script>MathJax = {startup: {promise: new Promise(() => 0)}};"
+                                     "setTimeout(() => location = 'b.html', 50)</script>")
+    (tmp_path / "b.html").write_text("<title>there</title>")
+    with Browser() as browser:
+        page = browser.page().open((tmp_path / "a.html").as_uri())
+        assert page.evaluate("document.title") == "there"
+
+
 def visit(browser, path: Path) -> dict:
     """What one page asks for and shows, and by how much it is wider than a telephone."""
     page = browser.page(1300)
