@@ -698,7 +698,7 @@ def begin(settings: dict, saved: dict | None) -> int:  # exit code
     """Prepare, tell the plan, write run.json, train: in this order."""
     import torch
 
-    from gptbook.checkpoints import atomic_write
+    from gptbook.atomic_files import atomic_write
 
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])

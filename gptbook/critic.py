@@ -24,7 +24,7 @@ class Slip(NamedTuple):
     world: dict  # what is true there
 
 # %% ../nbs/00ca_critic.ipynb #c4a10018
-def _stand_in(item: Item, expected: str, text: str, at: int) -> int:
+def _stand_in(item: Item, expected: str, text: str, at: int, world: dict) -> int:
     """Where a mention at `at` ends that stands in for the expected one; 0 if none."""
     slot, form = item.slot, item.form
     said, word = [], r"[a-z]+"
@@ -35,9 +35,10 @@ def _stand_in(item: Item, expected: str, text: str, at: int) -> int:
     else:
         kinds = ["kind"] if form == "girl" else SLOTS[slot[0]].split()
         kind = kinds[0 if slot.endswith(".look") else -1]
-        spell = surface(form, slot)
-        said = [spell({slot: word, f"{slot}.kind": word})
-                for word in {"kind": ("girl", "boy"), **WORDS}[kind]]
+        words, spell = {"kind": ("girl", "boy"), **WORDS}[kind], surface(form, slot)
+        if slot in SLOTS and form != "girl":             # or another one of this story
+            words += tuple(world[other] for other in SLOTS if other in world)
+        said = [spell({slot: word, f"{slot}.kind": word}) for word in words]
         other = "a " if expected[:3] == "an " else "an "
         said.append(re.sub(r"^an? ", other, expected))
     found = [len(option) for option in said if text.startswith(option, at)]
@@ -80,8 +81,9 @@ def _slip(trace, said, item, world, at, left, path) -> Slip | None:
     """What stands in the text for a mention that was expected, if it may."""
     if said.startswith(trace.text[at:at + len(said)]) and trace.stopped is None:
         trace.stopped = path                     # the text ends, and so far all is well
-    if left and item.kind == "say" and (end := _stand_in(item, said, trace.text, at)):
-        return Slip(at, end, item, said, world)
+    if left and item.kind == "say":
+        end = _stand_in(item, said, trace.text, at, world)
+        return Slip(at, end, item, said, world) if end else None
     return None
 
 

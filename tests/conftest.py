@@ -2,8 +2,29 @@
 
 import os
 
+import pytest
+
 for name, value in {
     "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "MPLBACKEND": "agg",
 }.items():
     os.environ.setdefault(name, value)
+
+
+@pytest.fixture
+def wrap_embedding():
+    """A function that puts a wrapper round a model's embedding, as a transform would."""
+    from torch import nn
+
+    from gptbook.core import replace_modules
+
+    class Wrapped(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def forward(self, x):
+            return self.base(x)
+
+    return lambda model: replace_modules(
+        model, lambda name, m: name == "tok_emb", lambda name, m: Wrapped(m))

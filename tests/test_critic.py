@@ -122,6 +122,17 @@ def test_critic_finds_two_faults_and_an_alien_sentence():
     assert alien[problems[0].start:problems[0].end] == "The tax office wrote a letter. "
 
 
+def test_two_things_that_change_places_are_wrong_objects():
+    for told in (story(12, i) for i in range(200)):
+        world = told.notes[0]
+        if world["plot"] == "trade":
+            mine, yours = world["T"], world["U"]
+            wrong = told.text.replace(f" took the {yours}, and", f" took the {mine}, and", 1)
+            wrong = wrong.replace(f" took the {mine}.", f" took the {yours}.", 1)
+            found = [(p.kind, wrong[p.start:p.end]) for p in check_story(wrong)]
+            assert found == [("wrong_object", mine), ("wrong_object", yours)], wrong
+
+
 def test_a_boy_with_a_name_for_girls_is_a_contradiction():
     text = next(t for t in (story_text(12, i) for i in range(99)) if " boy named " in t)
     boy = re.search(r" boy named (\w+)", text)[1]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gptbook import generation
-from gptbook.core import GPTConfig, GPTModel, replace_modules, set_seed
+from gptbook.core import GPTConfig, GPTModel, set_seed
 from gptbook.generation import (
     Tokens, candidates, draw, generate_steps, generate_text, largest, sample,
     sampling_view, temperature_sampling, top_k_sampling, top_p_sampling,
@@ -522,18 +522,10 @@ def test_modes_and_gradients_come_back():
     assert [m.training for m in model.modules()] == modes and torch.is_grad_enabled()
 
 
-def test_a_wrapped_embedding_writes_the_same(model):
-    class Wrapped(nn.Module):
-        def __init__(self, base):
-            super().__init__()
-            self.base = base
-
-        def forward(self, x):
-            return self.base(x)
-
+def test_a_wrapped_embedding_writes_the_same(model, wrap_embedding):
     expected = generate_text(model, [[1, 2, 3]], 6, seed=0)
     other = deepcopy(model)
-    replace_modules(other, lambda name, m: name == "tok_emb", lambda name, m: Wrapped(m))
+    wrap_embedding(other)
     assert generate_text(other, [[1, 2, 3]], 6, seed=0) == expected
 
 

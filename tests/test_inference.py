@@ -11,7 +11,7 @@ from torch import nn
 
 from gptbook import inference
 from gptbook.core import (
-    GPTConfig, GPTModel, MultiHeadAttention, Positions, replace_modules, set_seed,
+    GPTConfig, GPTModel, MultiHeadAttention, Positions, set_seed,
 )
 from gptbook.inference import (
     Filled, KVCache, given_positions, held_positions, next_positions, settle,
@@ -549,17 +549,9 @@ def test_a_step_never_writes_a_slot_twice():
                 assert len(pairs) == len(set(pairs)) == 2 * min(n, size)
 
 
-def test_a_cache_for_a_model_with_a_wrapped_embedding():
-    class Wrapped(nn.Module):
-        def __init__(self, base):
-            super().__init__()
-            self.base = base
-
-        def forward(self, x):
-            return self.base(x)
-
+def test_a_cache_for_a_model_with_a_wrapped_embedding(wrap_embedding):
     model, ids = make("learned"), tokens(2, 9)
-    replace_modules(model, lambda name, m: name == "tok_emb", lambda name, m: Wrapped(m))
+    wrap_embedding(model)
     cache = KVCache(model)
     got = torch.cat([model(part, cache=cache) for part in ids.split(4, dim=1)], 1)
     assert_same(got, model(ids))
