@@ -17,7 +17,10 @@ from gptbook.initial_weights import init_copying
 from gptbook.schedules import warmup_cosine
 from gptbook.stories import stories, story_bits
 from gptbook.tokenizer import train_bpe
-from gptbook.training import PRESETS, autocast_for, evaluate_loss, faster_precision, train
+from gptbook.precision import precision_for
+from gptbook.presets import PRESETS
+from gptbook.throughput import faster_precision
+from gptbook.training import evaluate_loss, train
 
 PROMPT = "Once upon a time"
 DOUBLINGS = (0, 25, 50, 100, 200, 400, 800, 1600, 3200)
@@ -72,7 +75,7 @@ def main() -> None:
     history = train(
         model, data, None, config, callbacks=(now_and_then,),
         schedule=warmup_cosine(steps, int(preset.warmup * steps), preset.floor),
-        autocast=autocast_for(precision, torch.device("cpu")))
+        precision=precision_for(precision, torch.device("cpu")))
     record(args.name, {
         "preset": args.preset, "samples": taken, "words": words,
         "parameters": sum(p.numel() for p in model.parameters()),

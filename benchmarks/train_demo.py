@@ -21,7 +21,10 @@ from gptbook.initial_weights import init_copying
 from gptbook.schedules import warmup_cosine
 from gptbook.stories import stories
 from gptbook.tokenizer import Tokenizer, train_bpe
-from gptbook.training import TrainConfig, autocast_for, faster_precision, train
+from gptbook.precision import precision_for
+from gptbook.runs import TrainConfig
+from gptbook.throughput import faster_precision
+from gptbook.training import train
 
 DEMO = Path(__file__).resolve().parent.parent / "gptbook" / "models" / "stories.safetensors"
 SEED = 1  # another seed than the default corpus, so that its held-out stories are new here
@@ -58,7 +61,7 @@ def main():
     history = train(
         model, data, held_out, config, out=args.out, tokenizer=tokenizer,
         schedule=warmup_cosine(args.steps, args.steps // 50, 0.01),
-        autocast=autocast_for(precision, torch.device("cpu")), resume=args.resume,
+        precision=precision_for(precision, torch.device("cpu")), resume=args.resume,
         resume_command=command() + " --resume")
     if len(history) < args.steps:
         raise SystemExit(130)

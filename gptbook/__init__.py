@@ -14,8 +14,9 @@ from gptbook.checkpoints import CheckpointError, load_demo, load_model, save_mod
 from gptbook.core import GPTConfig, GPTModel, pick_device, set_seed
 from gptbook.generation import generate_text
 from gptbook.inference import KVCache
+from gptbook.runs import TrainConfig
 from gptbook.tokenizer import Tokenizer, train_bpe
-from gptbook.training import TrainConfig, train
+from gptbook.training import train
 
 __all__ = [
     "CheckpointError", "GPTConfig", "GPTModel", "KVCache", "TrainConfig", "Tokenizer",

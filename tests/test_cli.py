@@ -22,7 +22,7 @@ from gptbook.critic import corrupt_story
 from gptbook.generation import generate_text
 from gptbook.stories import story_text
 from gptbook.tokenizer import train_bpe
-from gptbook.training import PRESETS
+from gptbook.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 GPTBOOK = str(Path(sys.executable).with_name("gptbook"))

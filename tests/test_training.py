@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,14 +17,18 @@ import pytest
 import torch
 from torch import nn
 
-from gptbook import training
+from gptbook import runs, training
 from gptbook.checkpoints import CheckpointError, latest_save, load_model, load_state, save_state
 from gptbook.core import GPTConfig, GPTModel, LossModel
 from gptbook.data import TokenDataset
+from gptbook.precision import precision_for
+from gptbook.presets import PRESETS
+from gptbook.runs import KERNELS, History, NonFiniteError, TrainConfig, kernels_of, use_kernel
+from gptbook.throughput import (
+    faster_precision, seconds_per_step, steps_for_minutes, time_parts,
+)
 from gptbook.training import (
-    KERNELS, PRESETS, History, NonFiniteError, TrainConfig, autocast_for, compute_gradients,
-    evaluate_loss, faster_precision, kernels_of, make_optimizer, parameter_groups, precision_of,
-    seconds_per_step, show_samples, steps_for_minutes, time_parts, train, use_kernel,
+    compute_gradients, evaluate_loss, make_optimizer, parameter_groups, show_samples, train,
 )
 
 SIZES = GPTConfig(37, 16, 16, 2, 2, drop_rate=0.1)
@@ -384,7 +387,7 @@ def test_time_left_has_no_sixtieth_second(capsys, seconds, left):
     r = training.begin_run(a_model(), DATA, TrainConfig(steps=2))
     r.step, r.history = 1, History([dict(
         step=1, loss=1.0, validation_loss=1.0, tokens=64, seconds=seconds)])
-    training.Progress(r)(r)
+    runs.Progress(r)(r)
     assert f"{left} left" in capsys.readouterr().out
 
 
@@ -403,13 +406,13 @@ def with_kernel(model, name):
 
 
 def precision(name):
-    return autocast_for(name, torch.device("cpu"))
+    return precision_for(name, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stop_at", [1, 5, 11])
 def test_ctrl_c_saves_and_resume_is_bit_identical(tmp_path, capsys, stop_at, name):
-    options = dict(schedule=half, autocast=precision(name), resume_command="gptbook train --resume")
+    options = dict(schedule=half, precision=precision(name), resume_command="gptbook train --resume")
     whole = a_model()
     straight = run(whole, out=tmp_path / "whole", **options)
 
@@ -457,7 +460,7 @@ def test_negative_control_each_part_of_the_state_counts(tmp_path, part):
     stop = lambda r: setattr(r, "stopping", r.step == 5)
     run(a_model(), out=tmp_path / "a", callbacks=[stop])
     state = load_state(tmp_path / "a/state")
-    fresh = training.run_state(training.begin_run(a_model(seed=4), DATA, CONFIG))
+    fresh = runs.run_state(training.begin_run(a_model(seed=4), DATA, CONFIG))
     save_state(tmp_path / "b/state", 5, {**state, part: fresh[part]})
     resumed = run(other := a_model(), out=tmp_path / "b", resume=True)
     with pytest.raises(AssertionError):
@@ -515,7 +518,7 @@ def test_sigkill_anywhere_then_resume_is_bit_identical(tmp_path, kills):
     (dict(model=lambda: a_model(n_layers=3)), "'n_layers': 3"),
     (dict(data=some_data(seed=8)), "data"),
     (dict(schedule=half), "schedule"),
-    (dict(autocast=precision("bfloat16")), "precision is bfloat16"),
+    (dict(precision=precision("bfloat16")), "precision is bfloat16"),
 ])
 def test_resume_of_another_run_is_refused(tmp_path, change, named):
     run(a_model(), out=tmp_path, callbacks=[lambda r: setattr(r, "stopping", r.step == 4)])
@@ -561,7 +564,7 @@ class Faulty:
                 next(loss_model.parameters()).grad[0, 0] = value
             return (value if self.calls in self.steps and where == "loss" else loss), auxiliary
 
-        monkeypatch.setattr(training, "compute_gradients", gradients)
+        monkeypatch.setitem(train.__kwdefaults__, "gradients", gradients)
 
 
 @pytest.mark.parametrize("where", ["gradient", "loss"])
@@ -668,7 +671,7 @@ def test_timing_changes_nothing():
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
 def test_kernels_train_alike(name):
-    histories = [run(with_kernel(a_model(drop_rate=0.0), kernel), autocast=precision(name))
+    histories = [run(with_kernel(a_model(drop_rate=0.0), kernel), precision=precision(name))
                  for kernel in KERNELS]
     a, b = (torch.tensor(h.column("loss")[1]) for h in histories)
     torch.testing.assert_close(a, b, rtol=0, atol=1e-4 if name == "float32" else 0.03)
@@ -680,14 +683,6 @@ def test_steps_for_minutes():
     for minutes, seconds in ((0, 1), (-1, 1), (math.nan, 1), (math.inf, 1), (0.1, 60)):
         with pytest.raises(ValueError, match=f"minutes={minutes}"):
             steps_for_minutes(minutes, seconds)
-
-
-def test_precisions():
-    cpu = torch.device("cpu")
-    assert precision_of(nullcontext, cpu) == "float32"
-    assert precision_of(precision("bfloat16"), cpu) == "bfloat16"
-    with pytest.raises(ValueError, match="'fp8'.*float32"):
-        autocast_for("fp8", cpu)
 
 
 def test_presets_build():
