@@ -409,4 +409,4 @@ def explain_memory(run: Run, data: TokenDataset):
             f"{peak_memory(run.device):.2f} GB in use at the peak. In this order: "
             "the same batch in pieces, gradients=Accumulate(rows=1); a loss without "
             "the logits, loss_model=ChunkedLoss; checkpoint_activations(model); "
-            "precision=BFloat16(); a smaller batch or context") from error
+            "precision=BFloat16(device); a smaller batch or context") from error

@@ -8,12 +8,10 @@ __all__ = ['parameter_groups', 'make_optimizer', 'Precision', 'compute_gradients
 
 # %% ../nbs/01_training.ipynb #b8fd9f38
 import math
-import signal
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial

@@ -97,28 +97,6 @@ def assert_differ(a, b):
 
 # settings -------------------------------------------------------------------------
 
-@pytest.mark.parametrize("wrong", [
-    dict(steps=0), dict(steps=2.5), dict(steps=True), dict(steps="9"), dict(seed=-1),
-    dict(learning_rate=0), dict(learning_rate=math.nan), dict(learning_rate=math.inf),
-    dict(weight_decay=-1), dict(clip_norm=0), dict(clip_norm=math.nan), dict(betas=(0.9,)),
-    dict(betas=(0.9, 1.0)), dict(betas=(-0.1, 0.9)), dict(betas=("0.9", 0.9)),
-    dict(steps_per_epoch=0), dict(learning_rate="fast"), dict(weight_decay=math.inf),
-    dict(steps=None), dict(clip_norm=True),
-    dict(validation_batches=0), dict(validate_every=0), dict(save_every=-3),
-    dict(keep_epochs=0), dict(max_bad_steps=0),
-])
-def test_impossible_settings_are_named(wrong):
-    (name, value), = wrong.items()
-    with pytest.raises(ValueError) as error:
-        TrainConfig(**wrong)
-    assert f"{name}={value!r}" in str(error.value) and "must be" in str(error.value)
-
-
-def test_settings_survive_json():
-    config = TrainConfig(steps=7, betas=(0.8, 0.99), clip_norm=None)
-    assert TrainConfig(**json.loads(json.dumps(asdict(config)))) == config
-
-
 # optimiser --------------------------------------------------------------------------
 
 def adamw_by_hand(theta, grads, lr, betas, decay, eps=1e-8):
@@ -360,13 +338,6 @@ def test_without_validation_the_last_is_kept(tmp_path):
     assert all(map(torch.equal, best.model.parameters(), model.parameters()))
 
 
-def test_history_table_round_trip():
-    history = History([dict(step=1, loss=0.1), dict(step=2, skipped=1, tokens=3)])
-    again = History.from_table(history.table())
-    assert again == history and type(again[1]["skipped"]) is int
-    assert History.from_table(History().table()) == []
-
-
 def test_callbacks_and_samples_do_not_disturb_the_run(capsys):
     model, plain = a_model(), a_model()
     noisy = show_samples(lambda m: f"{torch.rand(1).item():.0e} {m.training}", every=5)
@@ -380,15 +351,6 @@ def test_progress_lines_without_a_terminal(capsys):
     out = capsys.readouterr().out
     assert "step 4 of 12: loss" in out and "validation" in out and "tokens/s" in out
     assert "step 12 of 12" in out and "left" in out
-
-
-@pytest.mark.parametrize("seconds, left", [(59.7, "1:00"), (3.2, "0:03"), (125, "2:05")])
-def test_time_left_has_no_sixtieth_second(capsys, seconds, left):
-    r = training.begin_run(a_model(), DATA, TrainConfig(steps=2))
-    r.step, r.history = 1, History([dict(
-        step=1, loss=1.0, validation_loss=1.0, tokens=64, seconds=seconds)])
-    runs.Progress(r)(r)
-    assert f"{left} left" in capsys.readouterr().out
 
 
 def test_callback_may_stop_the_run(capsys):
@@ -654,21 +616,6 @@ def test_a_failed_save_keeps_the_earlier_one(monkeypatch, tmp_path):
 
 # how long, how exact ------------------------------------------------------------------
 
-def test_timing_changes_nothing():
-    model, before = a_model(), a_model()
-    rng = torch.get_rng_state()
-    times = seconds_per_step(model, DATA, CONFIG, steps=3)
-    assert len(times) == 3 and times == sorted(times) and times[0] > 0
-    parts = time_parts(model, DATA, CONFIG, steps=2)
-    assert set(parts) == {(p, k) for p in ("float32", "bfloat16") for k in KERNELS}
-    assert list(parts.values()) == sorted(parts.values())
-    assert kernels_of(model) == ["sdpa"], "time_parts looks at copies"
-    assert faster_precision(model, DATA, CONFIG) in ("float32", "bfloat16")
-    assert torch.equal(torch.get_rng_state(), rng)
-    assert all(map(torch.equal, model.parameters(), before.parameters()))
-    assert all(p.grad is None for p in model.parameters())
-
-
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
 def test_kernels_train_alike(name):
     histories = [run(with_kernel(a_model(drop_rate=0.0), kernel), precision=precision(name))
@@ -677,15 +624,3 @@ def test_kernels_train_alike(name):
     torch.testing.assert_close(a, b, rtol=0, atol=1e-4 if name == "float32" else 0.03)
 
 
-def test_steps_for_minutes():
-    assert steps_for_minutes(2, 0.1, reserve=0.0) == 1200
-    assert steps_for_minutes(2, 0.1, reserve=0.25) == 900
-    for minutes, seconds in ((0, 1), (-1, 1), (math.nan, 1), (math.inf, 1), (0.1, 60)):
-        with pytest.raises(ValueError, match=f"minutes={minutes}"):
-            steps_for_minutes(minutes, seconds)
-
-
-def test_presets_build():
-    for name, preset in PRESETS.items():
-        config = preset.model_config(512)
-        assert config.vocab_size == 512 and isinstance(preset.training, TrainConfig), name
