@@ -386,7 +386,7 @@ class OutOfMemory(MemoryError):
 
 
 def peak_memory(device: torch.device) -> float:  # GB
-    """The most memory in use so far: the device's by tensors, or all of this process."""
+    """The most memory in use so far, of the device or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     import resource  # not on every system
