@@ -25,7 +25,7 @@ def flops_per_token(
     model: nn.Module,
     context_length: int,  # T, tokens a row
 ) -> int:                 # of forward and backward pass together
-    """Operations of the linears and of full attention (Chowdhery et al. 2022, app. B)."""
+    """Operations of linears and of full attention (Chowdhery et al. 2022, app. B)."""
     modules = [*model.modules()]
     weights = sum(m.weight.numel() for m in modules if isinstance(m, nn.Linear))
     widths = sum(m.W_query.out_features for m in modules

@@ -201,7 +201,8 @@ def train(
     precision = precision or Precision()
     run = begin_run(model, data, config, optimizer, precision, callbacks, out=out,
                     tokenizer=tokenizer, info=info, schedule=schedule, resume=resume)
-    step = partial(take_step, run, loss_model(model).train(), data, gradients, precision)
+    step = partial(
+        take_step, run, loss_model(model).train(), data, gradients, precision)
     with (stop_on_signal() as stop, closing(Progress(run, progress)) as show,
           explain_memory(run, data)):
         while run.step < config.steps and not run.stopping:
