@@ -17,34 +17,50 @@ class BFloat16(Precision):
 
     name, dtype = "bfloat16", torch.bfloat16
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(
+        self,
+        device: torch.device,  # where the model is, or the name of that device
+    ):
+        self.device = torch.device(device)
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype)
 
-
+# %% ../nbs/01b_precision.ipynb #f16class
 class Float16(BFloat16):
     """Matrix products in float16, with a loss scale that finds its own size."""
 
     name, dtype = "float16", torch.float16
 
-    def __init__(self, device: torch.device, init_scale: float = 2.0**16):
+    def __init__(
+        self,
+        device: torch.device,         # where the model is, or the name of that device
+        init_scale: float = 2.0**16,  # of the first step; too large costs a few steps
+    ):
         super().__init__(device)
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=init_scale)
-        self.state_dict = self.scaler.state_dict
-        self.load_state_dict = self.scaler.load_state_dict
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=init_scale)
+        self.finite_loss = True
 
     def backward(self, loss: Tensor) -> None:
+        self.finite_loss = loss.detach().isfinite() & self.finite_loss
         self.scaler.scale(loss).backward()
 
     def unscale(self, optimizer) -> None:
         self.scaler.unscale_(optimizer)
 
     def adapt(self, good: bool) -> bool:
-        """Back off after a step that overflowed; no worry while there is room below."""
+        """Halve the scale after an overflow; no worry while there is room below."""
+        before, finite_loss, self.finite_loss = (
+            self.scaler.get_scale(), bool(self.finite_loss), True)
         self.scaler.update()
-        return not good and self.scaler.get_scale() >= 1
+        too_large = 1 <= self.scaler.get_scale() < before
+        return not good and finite_loss and too_large
+
+    def state_dict(self) -> dict:
+        return self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.scaler.load_state_dict(state)
 
 # %% ../nbs/01b_precision.ipynb #8f036ac3
 def precision_for(
