@@ -160,6 +160,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'gptbook.cli.read_run': ('command_line.html#read_run', 'gptbook/cli.py'),
                              'gptbook.cli.read_text': ('command_line.html#read_text', 'gptbook/cli.py'),
                              'gptbook.cli.run_job': ('command_line.html#run_job', 'gptbook/cli.py'),
+                             'gptbook.cli.schedule_for': ('command_line.html#schedule_for', 'gptbook/cli.py'),
+                             'gptbook.cli.sockets': ('command_line.html#sockets', 'gptbook/cli.py'),
                              'gptbook.cli.start_ids': ('command_line.html#start_ids', 'gptbook/cli.py'),
                              'gptbook.cli.tell_time': ('command_line.html#tell_time', 'gptbook/cli.py'),
                              'gptbook.cli.train_command': ('command_line.html#train_command', 'gptbook/cli.py'),
