@@ -46,7 +46,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'gptbook/averages.py'),
                                   'gptbook.averages.WeightAverage.state_dict': ( 'weight_averages.html#weightaverage.state_dict',
                                                                                  'gptbook/averages.py'),
-                                  'gptbook.averages.check_average': ('weight_averages.html#check_average', 'gptbook/averages.py'),
                                   'gptbook.averages.check_weights': ('weight_averages.html#check_weights', 'gptbook/averages.py'),
                                   'gptbook.averages.decay_ramp': ('weight_averages.html#decay_ramp', 'gptbook/averages.py'),
                                   'gptbook.averages.put_weights': ('weight_averages.html#put_weights', 'gptbook/averages.py'),
