@@ -16,7 +16,8 @@ from gptbook.accumulation import Accumulate, accumulate_gradients, cut_batch, wi
 from gptbook.core import GPTConfig, GPTModel, LossModel, init_weights, set_seed
 from gptbook.data import TokenDataset
 from gptbook.precision import BFloat16, Float16
-from gptbook.training import Precision, TrainConfig, compute_gradients, train
+from gptbook.presets import PRESETS
+from gptbook.training import TrainConfig, compute_gradients, train
 
 VOCAB, CPU = 61, torch.device("cpu")
 SHAPES = [(1, 1, 1), (2, 7, 1), (5, 12, 2), (6, 12, 4), (7, 16, 3), (4, 16, 4), (3, 9, 8)]
@@ -289,6 +290,7 @@ def test_half_precision(make):
     assert abs(loss - expected) < 0.03
     for name, g in same.items():  # bfloat16 has eight bits: 0.4 % for each rounding
         assert (grads[name] / scale - g).norm() < 0.06 * g.norm() + 1e-3, name
+    assert apart({name: g / scale for name, g in grads.items()}, same) > 1e-4, "it is half"
 
 
 def test_float16_in_a_run():
@@ -340,6 +342,10 @@ def test_a_run_is_resumed_with_another_number_of_pieces(tmp_path):
     losses(out=tmp_path, gradients=Accumulate(5), callbacks=(stop,))
     resumed = losses(out=tmp_path, gradients=Accumulate(1), resume=True)
     assert len(resumed) == 8 and max(map(abs, map(float.__sub__, resumed, whole))) < 3e-5
+
+
+def test_the_default_trains_with_as_many_rows_as_the_page_says():
+    assert PRESETS["small"].batch_size == 5
 
 
 def test_dropout_draws_other_masks_in_pieces():
@@ -410,22 +416,26 @@ def work(rank, folder):
     dist.all_reduce(tokens)
     saved = {}
     for name, way in (("ours", accumulate_gradients), ("always", always_syncing)):
-        ddp.zero_grad()
         for _ in range(2):  # buckets are built anew after the first
             ddp.zero_grad()
             calls.clear()
             way(ddp, batches, tokens=tokens.item() / 2)  # the mean over two processes
         grads = {n.removeprefix("module."): p.grad.clone() for n, p in ddp.named_parameters()}
         saved[name] = len(calls), grads
-    ddp.zero_grad()
-    accumulate_gradients(ddp, batches)  # each process by its own tokens: a mean of means
-    grads = {n.removeprefix("module."): p.grad for n, p in ddp.named_parameters()}
-    torch.save({**saved, "own": (0, grads)}, f"{folder}/{rank}.pt")
+    mute = [(x, torch.full_like(y, -100) if rank else y) for x, y in batches]
+    n = sum((y != -100).sum().item() for _, y in share_of(0))
+    for name, some, count in (("own", batches, None), ("mute", mute, n / 2)):
+        ddp.zero_grad()
+        accumulate_gradients(ddp, some, tokens=count)
+        saved[name] = 0, {n.removeprefix("module."): p.grad.clone()
+                          for n, p in ddp.named_parameters()}
+    torch.save(saved, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_two_processes_agree_with_one(tmp_path):
     torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    _, first = found(new_model(), accumulate_gradients, share_of(0))
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     _, alone = found(new_model(), accumulate_gradients, share_of(0) + share_of(1))
     for result in results:
@@ -434,3 +444,4 @@ def test_two_processes_agree_with_one(tmp_path):
         assert result["always"][0] == 3 * result["ours"][0], "... by more reductions"
         assert result["ours"][0] >= 1
         assert apart(result["own"][1], alone) > 1e-3, "tokens= is needed here"
+        assert apart(result["mute"][1], first) < 1e-6, "a process with nothing to ask"
