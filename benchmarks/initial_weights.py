@@ -22,7 +22,8 @@ from gptbook.initial_weights import init_copying
 from gptbook.schedules import warmup_cosine
 from gptbook.stories import stories, story
 from gptbook.tokenizer import train_bpe
-from gptbook.training import TrainConfig, train, use_kernel
+from gptbook.runs import TrainConfig, use_kernel
+from gptbook.training import train
 
 UNSEEN = 977                       # a seed that no run trains on
 THINGS = {"T", "U", "Z", "P"}  # things, animals and places

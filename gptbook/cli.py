@@ -7,8 +7,8 @@ __all__ = ['SEED', 'CORPORA', 'DATA_OPTIONS', 'WHOLE', 'ABOVE_ZERO', 'TRAIN_OPTI
            'commands', 'main', 'Number', 'Whole', 'Name', 'demo_path', 'load_checkpoint', 'start_ids',
            'generate_command', 'write_texts', 'print_one', 'print_all', 'open_corpus', 'with_options', 'corpus_command',
            'measure_corpus', 'measure_story', 'check_file', 'check_folder', 'learn_tokenizer', 'read_text',
-           'memory_needed', 'Job', 'prepare', 'decide', 'count_steps', 'plan', 'tell_time', 'run_job', 'write_sample',
-           'read_run', 'locate', 'train_command', 'begin', 'export_command', 'check_target']
+           'memory_needed', 'Job', 'prepare', 'decide', 'count_steps', 'plan', 'tell_time', 'schedule_for', 'sockets',
+           'run_job', 'write_sample', 'read_run', 'locate', 'train_command', 'begin', 'export_command', 'check_target']
 
 # %% ../nbs/11_command_line.ipynb #3af09f7c
 import hashlib
@@ -41,7 +41,9 @@ def explain(error: BaseException) -> str | None:  # one line; None for a bug of 
     elif isinstance(error, (ValueError, OSError, FloatingPointError)):
         text = str(error)
     elif isinstance(error, MemoryError) or "allocate memory" in str(error):
-        text = "there is not enough memory: try a smaller --batch-size or --preset"
+        told, dot, _ = str(error).partition(". In this order")
+        text = (f"{told if dot else 'there is not enough memory'}: try --accumulate 1, "
+                "--less-memory, or a smaller --batch-size or --preset")
     else:
         return None
     text = "".join(c if c.isprintable() else " " for c in text)
@@ -411,7 +413,9 @@ def read_text(settings: dict, preset, tokenizer=None):
     return corpus, tokenizer, data, held_out
 
 # %% ../nbs/11_command_line.ipynb #7bf7c352
-def memory_needed(sizes, batch_size: int, device) -> float:  # GB, roughly
+def memory_needed(
+    sizes, batch_size: int, device, less: bool = False
+) -> float:  # GB, roughly
     """What training takes. Raises `ValueError` if this machine's memory is smaller."""
     import torch
 
@@ -420,6 +424,8 @@ def memory_needed(sizes, batch_size: int, device) -> float:  # GB, roughly
     with torch.device("meta"):  # shapes without memory
         weights = sum(p.numel() for p in GPTModel(sizes).parameters())
     kept = sizes.n_layers * 24 * sizes.emb_dim + 4 * sizes.vocab_size  # numbers a token
+    if less:  # the inputs of all blocks and the inside of one
+        kept = (sizes.n_layers + 24) * sizes.emb_dim
     numbers = 4 * weights + batch_size * sizes.context_length * kept
     needed = 0.4 + 4 * numbers / 1e9  # PyTorch itself, and 4 bytes a number
     if device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
@@ -464,6 +470,7 @@ def prepare(settings: dict, saved: dict | None = None) -> Job:
     from gptbook.core import GPTModel, init_weights, pick_device, set_seed
     from gptbook.tokenizer import Tokenizer
     from gptbook.initial_weights import init_copying
+    from gptbook.less_memory import checkpoint_activations
     from gptbook.presets import PRESETS
 
     device, preset = pick_device(settings["device"]), PRESETS[settings["preset"]]
@@ -474,12 +481,15 @@ def prepare(settings: dict, saved: dict | None = None) -> Job:
                          "bring that back, or begin a run in another folder")
     sizes = replace(preset.model_config(job.tokenizer.n_vocab),
                     context_length=job.data.context_length)
-    memory_needed(sizes, job.data.batch_size, device)
+    rows = min(settings["accumulate"] or job.data.batch_size, job.data.batch_size)
+    memory_needed(sizes, rows, device, settings["less_memory"])
     set_seed(settings["seed"])
     job.model = GPTModel(sizes)
     init_weights(job.model, preset.init_std)
     init_copying(job.model)
     job.model.to(device)
+    if settings["less_memory"]:
+        checkpoint_activations(job.model)
     decide(job, preset, saved)
     return job
 
@@ -494,7 +504,8 @@ def decide(job: Job, preset, saved: dict | None) -> None:
         basis, seed=s["seed"], learning_rate=s["learning_rate"] or basis.learning_rate,
         validation_batches=basis.validation_batches or 100,
     )
-    job.precision = {"fp32": "float32", "bf16": "bfloat16"}.get(s["precision"], "")
+    names = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    job.precision = names.get(s["precision"], "")
     if saved:
         job.precision = saved["precision"]
     elif not job.precision:
@@ -529,7 +540,8 @@ def plan(job: Job) -> str:
               or PRESETS[job.settings["preset"]].sizes["context_length"])
     short = f" (shortened from {wanted}: the text is no longer)"
     weights = sum(p.numel() for p in job.model.parameters())
-    memory = memory_needed(sizes, data.batch_size, job.device)
+    rows = min(job.settings["accumulate"] or data.batch_size, data.batch_size)
+    memory = memory_needed(sizes, rows, job.device, job.settings["less_memory"])
     return "\n".join([
         f"text    {job.corpus.name}: {data.n_tokens:,} tokens to learn from, "
         f"{held_out.n_tokens if held_out else 0:,} held out",
@@ -552,22 +564,54 @@ def tell_time(seconds: float) -> str:
             return f"{seconds / size:.0f} {unit}"
     return f"{max(2, seconds):.0f} seconds"
 
+# %% ../nbs/11_command_line.ipynb #sockets1
+def schedule_for(settings: dict, steps: int):  # updates made -> factor
+    """The schedule that `--schedule` names, with the preset's climb and floor."""
+    from gptbook import schedules
+    from gptbook.presets import PRESETS
+
+    preset = PRESETS[settings["preset"]]
+    climb, floor = int(preset.warmup * steps), preset.floor
+    return {
+        "cosine": lambda: schedules.warmup_cosine(steps, climb, floor),
+        "linear": lambda: schedules.warmup_stable_decay(
+            steps, climb, steps - climb, floor),
+        "wsd": lambda: schedules.warmup_stable_decay(
+            steps, climb, max(1, steps // 5), floor),
+        "one-cycle": lambda: schedules.one_cycle(steps),
+        "constant": lambda: schedules.warmup(climb),
+    }[settings["schedule"]]()
+
+
+def sockets(settings: dict) -> dict:
+    """What `train` is given for `--accumulate`, `--less-memory` and `--compile`."""
+    from gptbook.accumulation import Accumulate
+    from gptbook.compilation import compiled
+    from gptbook.core import LossModel
+    from gptbook.less_memory import ChunkedLoss
+
+    parts = dict(loss_model=ChunkedLoss if settings["less_memory"] else LossModel)
+    if settings["compile"]:
+        parts["loss_model"] = compiled(parts["loss_model"])
+    if settings["accumulate"]:
+        parts["gradients"] = Accumulate(settings["accumulate"])
+    return parts
+
+
 # %% ../nbs/11_command_line.ipynb #0799535c
 def run_job(job: Job, resume: bool) -> int:  # 0 if it came to its end, 130 if stopped
     """Train, show what the model writes meanwhile, and say where it all is."""
-    from gptbook.schedules import warmup_cosine
     from gptbook.precision import precision_for
-    from gptbook.presets import PRESETS
     from gptbook.training import show_samples, train
 
     s, config = job.settings, job.config
-    preset, folder = PRESETS[s["preset"]], shlex.quote(s["out"])
+    folder = shlex.quote(s["out"])
     every = config.validate_every if s["sample_every"] is None else s["sample_every"]
-    watch, climb = every and not s["quiet"], int(preset.warmup * config.steps)
+    watch = every and not s["quiet"]
     history = train(
         job.model, job.data, job.held_out, config, out=s["out"],
         tokenizer=job.tokenizer, progress=not s["quiet"], resume=resume,
-        schedule=warmup_cosine(config.steps, climb, preset.floor),
+        schedule=schedule_for(s, config.steps), **sockets(s),
         precision=precision_for(job.precision, job.device),
         callbacks=[show_samples(partial(write_sample, job), every)] if watch else [],
         resume_command=f"gptbook train --resume --out {folder}",
@@ -619,7 +663,15 @@ TRAIN_OPTIONS = [
     click.option("--device", type=Name(), metavar="NAME",
                  help="cpu, cuda, cuda:1 or mps.  [default: the best there is]"),
     click.option("--precision", default="auto", help="auto: bf16 where it is faster.",
-                 type=click.Choice(["auto", "fp32", "bf16"])),
+                 type=click.Choice(["auto", "fp32", "bf16", "fp16"])),
+    click.option("--schedule", default="cosine", help="How the rate changes.",
+                 type=click.Choice("cosine linear wsd one-cycle constant".split())),
+    click.option("--accumulate", type=WHOLE, metavar="ROWS", help="Compute a step in "
+                 "pieces of so many rows: less memory, the same step."),
+    click.option("--less-memory", is_flag=True, help="Keep no logits, and compute "
+                 "activations twice: slower, the same step."),
+    click.option("--compile", is_flag=True, help="Compile the step: slow to begin, often "
+                 "faster after."),
     click.option("--threads", type=click.IntRange(1, 1024), metavar="THREADS",
                  help="Of the processor.  [default: all cores]"),
     click.option("--sample-every", type=click.IntRange(0), metavar="STEPS",
@@ -628,7 +680,8 @@ TRAIN_OPTIONS = [
 ]
 
 # %% ../nbs/11_command_line.ipynb #138f2e66
-FREE = {"out", "resume", "quiet", "device", "threads", "sample_every"}  # may change
+FREE = {"out", "resume", "quiet", "device", "threads", "sample_every",
+        "accumulate", "less_memory", "compile"}  # may change
 
 
 def read_run(out: Path, given: dict, rules: dict) -> dict:
@@ -645,8 +698,10 @@ def read_run(out: Path, given: dict, rules: dict) -> dict:
         saved = run["settings"]
         if not {"steps", "precision", "text", "tokenizer"} <= set(run):
             raise ValueError("it is not complete")
+        context = click.get_current_context()
         for name, rule in rules.items():  # what a file says is held to the same rules
-            saved[name] = rule.type_cast_value(click.get_current_context(), saved[name])
+            value = saved.get(name, rule.get_default(context))
+            saved[name] = rule.type_cast_value(context, value)
     except (ValueError, KeyError, TypeError, click.UsageError):
         cure = "Begin a run in another folder"
         raise CheckpointError(path, "it is damaged", cure) from None

@@ -267,7 +267,8 @@ def test_ctrl_c_is_one_line_and_130(here, monkeypatch, capsys):
 
 FLAGS = {
     "train": "data encoding preset out resume minutes steps epochs batch-size context-length "
-             "learning-rate tokenizer vocab-size seed device precision threads sample-every "
+             "learning-rate tokenizer vocab-size seed device precision schedule accumulate "
+             "less-memory compile threads sample-every "
              "quiet",
     "generate": "checkpoint prompt length temperature top-k top-p number seed device",
     "export": "checkpoint to out force",
