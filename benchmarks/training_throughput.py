@@ -12,7 +12,7 @@ that of a process that has imported the same packages.
 """
 import argparse
 import json
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -31,7 +31,7 @@ from gptbook.less_memory import ChunkedLoss
 from gptbook.precision import precision_for
 from gptbook.runs import KERNELS, TrainConfig, use_kernel
 from gptbook.training import begin_run, take_step
-from results_file import record
+from results_file import RESULTS, record
 
 CPU = torch.device("cpu")
 SHAPES = {  # vocabulary, context, width, layers, heads; rows of a timed batch
@@ -165,15 +165,17 @@ def memory_of(shape, rows, name, options, steps) -> None:
         step = MAKE[name](SHAPES[shape][0], rows, "float32", False, options)
         for _ in range(steps):
             step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    status = Path("/proc/self/status").read_text()  # ru_maxrss inherits the parent's peak
+    print(1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1]))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.
                                      RawDescriptionHelpFormatter)
-    parser.add_argument("--nanogpt", metavar="FOLDER", help="a checkout of nanoGPT")
+    parser.add_argument("--nanogpt", metavar="FOLDER", help="a checkout of it")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cases", nargs="+", help="only these, as 6x384/float32/eager")
+    parser.add_argument("--cases", nargs="*", help="only these, as 6x384/float32/eager")
+    parser.add_argument("--memory", action="store_true", help="measure it again")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -184,15 +186,21 @@ def main():
         options["nanoGPT"] = dict(path=str(Path(args.nanogpt).resolve()))
     cases = [f"{shape}/{precision}/{how}" for shape in SHAPES
              for how in ("eager", "compiled") for precision in ("float32", "bfloat16")]
-    cases = ["6x384/float32/eager"] if args.quick else args.cases or cases
+    cases = ["6x384/float32/eager"] if args.quick else (
+        cases if args.cases is None else args.cases)
     figures = {"speed": {}, "memory_GB": {}}
+    stored = RESULTS / "training_throughput.json"
+    if args.cases is not None and stored.exists():  # the others stay
+        figures = json.loads(stored.read_text())["figures"]
     for case in cases:
         shape, precision, how = case.split("/")
         made = compare(shape, precision, how == "compiled", {**options, "gptbook": {}},
                        2 if args.quick else args.rounds)
         print(case, json.dumps(made), flush=True)
         figures["speed"][case] = made
-    if not args.quick and not args.cases:
+        if not args.quick:
+            record("training_throughput", figures)
+    if args.memory or (args.cases is None and not args.quick):
         figures["memory_GB"] = {name: measure_memory("124M", 4, name, its)
                                 for name, its in options.items()}
         print(figures["memory_GB"])

@@ -663,3 +663,27 @@ def test_corpus_checks_in_the_encoding_that_it_is_told(tmp_path, capsys, here):
     assert "0 problems" in capsys.readouterr().out
     said = check_bad(capsys, tmp_path, line)
     assert "wide.txt" in said and "utf-8" in said and "--encoding" in said
+
+
+PARTS = ["--schedule linear", "--schedule wsd", "--schedule one-cycle", "--schedule constant",
+         "--precision fp16", "--accumulate 1", "--less-memory", "--accumulate 99 --less-memory"]
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_parts_of_the_training_chapter_have_names(tmp_path, monkeypatch, capsys, parts):
+    """Each option trains; those that only change how a step is computed lead to the same run."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT)
+    line = f"--data text.txt {FAST} --steps 6 --quiet"
+    train(capsys, f"{line} --out plain")
+    train(capsys, f"{line} --out other {parts}")
+    if "schedule" in parts or "precision" in parts:
+        assert not same(weights("plain"), weights("other"))
+    else:
+        assert losses("other") == pytest.approx(losses("plain"), abs=1e-4)
+
+
+def test_memory_is_a_matter_of_the_pieces():
+    sizes, cpu = GPTConfig(**{"context_length": 512}), torch.device("cpu")
+    whole, piece = (cli.memory_needed(sizes, rows, cpu) for rows in (4, 1))
+    assert cli.memory_needed(sizes, 1, cpu, less=True) < piece < whole
