@@ -389,10 +389,12 @@ def peak_memory(device: torch.device) -> float:  # GB
     """The most memory in use so far, of the device or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    status = Path("/proc/self/status")  # ru_maxrss would inherit a parent's peak
+    if status.exists() and (mark := re.search(r"VmHWM:\s+(\d+)", status.read_text())):
+        return int(mark[1]) * 1024 / 1e9
     import resource  # not on every system
 
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # bytes on a Mac
 
 
 @contextmanager
