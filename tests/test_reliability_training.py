@@ -1,5 +1,5 @@
-"""Rows R1, R10 and R18 of the reliability scoreboard, with small counts: kills and
-resumes, non-finite steps, fresh processes; the full counts run by `make reliability`."""
+"""Rows R1, R10 and R18 of the reliability scoreboard, with small counts: kills,
+non-finite steps, fresh processes; the full counts run by `make reliability`."""
 import math
 import os
 import sys
@@ -31,10 +31,11 @@ def test_the_run_needs_all_that_it_claims():
     """Loss scales that change, skipped steps, epochs, a best model: they are there."""
     reference = trials.reference_of("float16")
     last = reference.states[trials.CONFIG.steps]
-    scales = {reference.states[n]["parts"]["precision"]["scale"] for n in reference.states}
-    assert len(scales) > 4 and last["counters"]["skipped"] > 0
-    assert {*reference.files} == {"best_model.safetensors", "checkpoint_epoch_2.safetensors",
-                                  "checkpoint_epoch_3.safetensors"}
+    parts = [state["parts"] for state in reference.states.values()]
+    assert len({part["precision"]["scale"] for part in parts}) > 4
+    assert last["counters"]["skipped"] > 0
+    names = {"best_model", "checkpoint_epoch_2", "checkpoint_epoch_3"}
+    assert {*reference.files} == {f"{name}.safetensors" for name in names}
     assert {"parts", "rng", "optimizer"} <= {*last} and len(last["parts"]) == 3
     assert len(reference.states) == trials.CONFIG.steps == len(reference.log)
 
@@ -51,7 +52,8 @@ def test_r1_ten_kills():
 
 
 @forks
-@pytest.mark.parametrize("part", ["rng", "optimizer", "precision", "Average 1", "skipped"])
+@pytest.mark.parametrize("part", [
+    "rng", "optimizer", "precision", "WeightAverage 1", "skipped"])
 def test_r1_turns_red_when_a_resume_forgets(part):
     (kill,) = trials.forgetful_trials(part, 1)
     assert kill.found and kill.wrong
@@ -75,7 +77,8 @@ def test_r10_bad_steps_touch_nothing(name):
 
 @pytest.mark.parametrize("check", ["nothing", "the loss", "zeros"])
 def test_r10_turns_red_without_the_check(check):
-    watch, model = trials.fault_trial("float32", 60, update=trials.careless_update(check))
+    update = trials.careless_update(check)
+    watch, model = trials.fault_trial("float32", 60, update=update)
     assert watch.wrong["a bad step touched weights or moments"] > 0
     spoilt = [parameter.isnan().float().mean() for parameter in model.parameters()]
     if check == "nothing":
@@ -106,6 +109,16 @@ def test_r10_a_stop_that_does_not_come_or_another_name_is_noticed(monkeypatch):
     assert trials.stop_trial("float32", "norm", harmless, 2) == ["it did not stop"]
     monkeypatch.setattr("gptbook.runs.find_non_finite", lambda *_: "the output of head")
     assert trials.stop_trial("float32", "norm", trials.spoil_output, 2) == ["the name"]
+
+
+def test_r10_in_float16_the_loss_scale_falls_first(monkeypatch):
+    """From 8 it takes three bad steps to 1; after these, three in a row are enough."""
+    above = lambda name: trials.Float16("cpu", 8.0)
+    monkeypatch.setattr(trials, "lowest_precision", above)
+    spoil = trials.spoil_gradient
+    assert trials.stop_trial("float16", "norm", spoil, 3) == ["it did not stop"]
+    wrong = trials.stop_trial("float16", "norm", spoil, 3, more=3)
+    assert wrong == ["the counters", "the steps"], "the right name, later"
 
 
 # R18: once more -------------------------------------------------------------------
