@@ -403,7 +403,7 @@ def explain_memory(run: Run, data: TokenDataset):
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not SHORT_OF_MEMORY.search(str(error)):
+        if not (isinstance(error, MemoryError) or SHORT_OF_MEMORY.search(str(error))):
             raise
         raise OutOfMemory(
             f"no memory for step {run.step + 1} of {data.batch_size} x "

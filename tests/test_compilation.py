@@ -18,6 +18,8 @@ from gptbook.precision import BFloat16, Float16
 from gptbook.runs import TrainConfig, use_kernel
 from gptbook.training import Precision, compute_gradients, evaluate_loss, train
 
+# torch's own compiler still uses it, once a process
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
 ISOLATED = "isolate_recompiles" in torch.compile.__kwdefaults__
 
 
