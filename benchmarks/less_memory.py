@@ -8,7 +8,8 @@ Ways: plain; the batch in pieces of one row; the loss without logits; blocks tha
 activations again; both; bfloat16; all of them. Peaks are those of a fresh process for each way
 (Linux), above what it held with weights and moments in place, so gradients are in them. In
 each round all ways take one step, and a ratio is the median over the rounds of two times of one
-round. Head and loss are measured by themselves, too, beside PyTorch's own chunked function.
+round: seconds of the processor that one thread has used, so that a neighbour does not count.
+Head and loss are measured by themselves, too, beside PyTorch's own chunked function.
 """
 import argparse
 import json
@@ -35,7 +36,7 @@ from gptbook.training import Precision, compute_gradients, make_optimizer
 
 SHAPES = {  # sizes, rows, rounds of the timing
     "small": (dict(vocab_size=2048, context_length=256, emb_dim=192, n_layers=6, n_heads=6), 16, 7),
-    "124M": (dict(vocab_size=50257, context_length=512, emb_dim=768, n_layers=12, n_heads=12), 2, 4),
+    "124M": (dict(vocab_size=50257, context_length=512, emb_dim=768, n_layers=12, n_heads=12), 2, 3),
 }
 PIECES, BF16 = Accumulate(rows=1), BFloat16("cpu")
 WAYS = {  # loss, checkpointed, gradients, precision
@@ -82,10 +83,10 @@ class Stepper:
         loss, again, gradients, precision = WAYS[way]
         if again:
             checkpoint_activations(self.model)
-        started = time.perf_counter()
+        started = time.process_time()
         gradients(loss(self.model).train(), *self.batch, precision)
         self.update()
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         for block, kind in zip(self.model.blocks, self.classes):
             block.__class__ = kind
         return seconds
@@ -145,9 +146,9 @@ HEADS = {
 
 def seconds_of(loss, head, x, t) -> float:
     head.weight.grad = x.grad = None
-    started = time.perf_counter()
+    started = time.process_time()
     loss(head, x, t).backward()
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def compare(ways: dict, rounds: int, title: str) -> dict:
