@@ -20,7 +20,8 @@ from .core import GPTModel, LossModel
 def why_not_compile(device: str = "cpu", backend: str = "inductor") -> str | None:
     """Compile a function of one line, once a process: what stands in the way, if any.
 
-    A device is given by its type, "cpu" or "cuda". None: it works. Raises what `torch.compile` raises for a backend that it does not know."""
+    A device is given by its type, "cpu" or "cuda". None: it works.
+    Raises what `torch.compile` raises for a backend that it does not know."""
     tiny = torch.compile(lambda x: x.sin() + 1, backend=backend)
     try:
         tiny(torch.ones(8, device=device))
