@@ -183,15 +183,15 @@ def heads(quick: bool) -> tuple[dict, dict]:
 # Steps -------------------------------------------------------------------------------
 def step_figures(shape: str, quick: bool) -> dict:
     sizes, rows, rounds = SHAPES[shape]
+    peaks = {way: peak("step", shape, way) for way in tqdm(WAYS, f"peaks, {shape}")}
     stepper = Stepper(shape)
     tokens, model = rows * sizes["context_length"], stepper.model
     weights = sum(p.numel() for p in model.parameters()) * 4 / 1e6
     found = {**sizes, "rows": rows, "tokens": tokens, "weights_mb": round(weights, 1),
-             "logits_mb": round(4 * tokens * sizes["vocab_size"] / 1e6, 1), "ways": {}}
+             "logits_mb": round(4 * tokens * sizes["vocab_size"] / 1e6, 1),
+             "ways": {way: {"peak_mb": mb} for way, mb in peaks.items()}}
     kept = saved_bytes(lambda: model.features(stepper.batch[0]), model)
     found["blocks_mb"] = round(kept / 1e6, 1)
-    for way in tqdm(WAYS, f"peaks, {shape}"):
-        found["ways"][way] = {"peak_mb": peak("step", shape, way)}
     times = {way: [] for way in WAYS}
     stepper.step("plain")
     for i in tqdm(range(1 if quick else rounds), f"times, {shape}"):
