@@ -152,31 +152,36 @@ def compile_seconds(shape: str, arm: str) -> dict:
     return found
 
 
-def weights_after(data: TokenDataset, dynamic: bool | None, stop_at: int | None) -> list:
-    """Six compiled steps of a tiny model, stopped and resumed on the way or not."""
+def results_after(data: TokenDataset, dynamic: bool | None, stop_at: int | None) -> tuple:
+    """Losses and weights of six compiled steps, stopped and resumed on the way or not."""
     with tempfile.TemporaryDirectory() as out:
         for resume in (False, True) if stop_at else (False,):
             torch._dynamo.reset()  # a new process would know nothing either
             set_seed(0)
-            init_weights(model := GPTModel(GPTConfig(**SHAPES["tiny"][0])), 0.15)
+            model = GPTModel(GPTConfig(**{**SHAPES["small"][0], "n_layers": 1}))
+            init_weights(model, 0.07)
 
             def stop(run):
                 run.stopping = run.step == stop_at
 
-            train(model, data, None, TrainConfig(6, 4e-3), out=out, callbacks=(stop,),
-                  loss_model=compiled(dynamic=dynamic), resume=resume, progress=False)
-    return [p.detach() for p in model.parameters()]
+            history = train(
+                model, data, None, TrainConfig(6, 4e-3), out=out, callbacks=(stop,),
+                loss_model=compiled(dynamic=dynamic), resume=resume, progress=False)
+    losses = torch.tensor(history.column("loss")[1], dtype=torch.float64)
+    return losses, torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def resumed() -> dict:
-    """The largest difference that a stop makes to any weight."""
-    data, found = dataset("tiny"), {}
+    """The largest differences that a stop makes to the losses and to the weights."""
+    data, found = dataset("small"), {}
     for dynamic in (None, True):
-        whole, parts = (weights_after(data, dynamic, at) for at in (None, 3))
-        found[f"dynamic={dynamic}"] = max((a - b).abs().max().item()
-                                          for a, b in zip(whole, parts))
+        whole, parts = (results_after(data, dynamic, at) for at in (None, 3))
+        assert len(whole[0]) == len(parts[0]) == 6
+        found[f"dynamic={dynamic}"] = {
+            what: (a - b).abs().max().item()
+            for what, a, b in zip(("losses", "weights"), whole, parts)}
         print(found, flush=True)
-    return {"largest_difference_of_weights": found, "steps": 6, "stopped_after": 3,
+    return {"largest_difference": found, "steps": 6, "stopped_after": 3,
             "widths": [data.batch(0, step)[0].shape[1] for step in range(6)]}
 
 

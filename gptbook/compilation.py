@@ -22,10 +22,12 @@ def why_not_compile(device: str = "cpu", backend: str = "inductor") -> str | Non
 
     A device is given by its type, "cpu" or "cuda". None: it works.
     Raises what `torch.compile` raises for a backend that it does not know."""
-    tiny = torch.compile(lambda x: x.sin() + 1, backend=backend)
     try:
+        tiny = torch.compile(lambda x: x.sin() + 1, backend=backend)
         tiny(torch.ones(8, device=device))
-    except Exception as error:  # no C++ compiler, no Triton, a GPU that is too old
+    except Exception as error:  # no C++ compiler, no Triton, a Python that is too new
+        if type(error).__name__ == "InvalidBackend":
+            raise
         cause = getattr(error, "inner_exception", None) or error
         return f"{type(cause).__name__}: {cause}".strip().splitlines()[0]
 
