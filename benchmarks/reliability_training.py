@@ -377,7 +377,7 @@ def trial(name: str, aims: list, rng: random.Random, flaw="", first=0, last=None
     with tempfile.TemporaryDirectory(dir=MEMORY) as temporary:
         folder = Path(temporary, "run")
         for aimed in aims:
-            done, at = max(first, found or 0), None
+            done, at = min(max(first, found or 0), CONFIG.steps - 1), None
             kill = killer(rng, done, last or CONFIG.steps, reference.seconds)
             if aimed:
                 kinds = ("open", "write") if flaw == "in place" else reference.calls
@@ -458,6 +458,7 @@ def report_r1(count: int, controls: int) -> dict:
         aimed_at=dict(sorted(calls.items())),
         precisions=dict(sorted(Counter(kill.name for kill in kills).items())),
         before_the_first_save=sum(kill.found is None for kill in kills),
+        after_the_last_save=sum(kill.found == CONFIG.steps for kill in kills),
         wrong=sorted({what for kill in kills for what in kill.wrong})[:20],
         controls=dict(kills_each=controls, red=red, in_place_kills=len(in_place),
                       in_place_lost=sum(kill.lost for kill in in_place)))
