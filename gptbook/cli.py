@@ -595,7 +595,7 @@ def sockets(settings: dict) -> dict:
 
     parts = dict(loss_model=ChunkedLoss if settings["less_memory"] else LossModel)
     if settings["compile"]:
-        parts["loss_model"] = compiled(parts["loss_model"])
+        parts["loss_model"] = compiled(parts["loss_model"], dynamic=True)
     if settings["accumulate"]:
         parts["gradients"] = Accumulate(settings["accumulate"])
     return parts
@@ -757,6 +757,7 @@ def begin(settings: dict, saved: dict | None) -> int:  # exit code
     import torch
 
     from gptbook.atomic_files import atomic_write
+    from gptbook.checkpoints import latest_save
 
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
@@ -768,7 +769,7 @@ def begin(settings: dict, saved: dict | None) -> int:  # exit code
         run = dict(settings=kept, steps=job.config.steps, precision=job.precision,
                    text=job.fingerprint(), tokenizer=job.tokenizer.to_dict())
         atomic_write(out / "run.json", json.dumps(run, indent=1).encode())
-    return run_job(job, resume=(out / "state").exists())
+    return run_job(job, resume=latest_save(out / "state") is not None)
 
 # %% ../nbs/11_command_line.ipynb #d55003b6
 @commands.command("export", cls=Command)

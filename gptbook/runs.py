@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COUNTS', 'OPTIONAL', 'COUNTERS', 'KERNELS', 'SHORT_OF_MEMORY', 'TrainConfig', 'check_train_config', 'History', 'Run',
-           'run_state', 'restore_run', 'run_facts', 'use_kernel', 'kernels_of', 'take_kernel', 'save_weights',
+           'run_state', 'restore_run', 'run_facts', 'use_kernel', 'kernels_of', 'taken_over', 'save_weights',
            'versions', 'keep', 'open_folder', 'Progress', 'stop_on_signal', 'find_non_finite', 'NonFiniteError',
            'stop_if_hopeless', 'OutOfMemory', 'peak_memory', 'explain_memory']
 
@@ -29,10 +29,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .atomic_files import atomic_write
-from .checkpoints import load_state, save_model, save_state
+from .atomic_files import atomic_write, clear_leftovers
+from .checkpoints import latest_save, load_state, save_model, save_state
 from .core import GPTConfig, GPTModel, LossModel, MultiHeadAttention
-from .core import naive_attention, sdpa
+from .core import auxiliary_loss, clear_auxiliary_loss, naive_attention, sdpa
 from .data import TokenDataset
 
 # %% ../nbs/00e_runs.ipynb #2e64b3f1
@@ -166,21 +166,26 @@ def restore_run(run: Run, state: dict) -> None:
     """Make `run` what it was when `state` was saved.
 
     Raises `ValueError` if the saved run is another one, naming what differs."""
-    take_kernel(run, state["facts"]["kernel"])
     now = {**run.facts, "parts": [*run.parts]}
-    then = {**state["facts"], "parts": [*state.get("parts", {})]}
+    then = {**state["facts"], "parts": [*state["parts"]]}
+    if taken_over(then["kernel"]):
+        now["kernel"] = then["kernel"]
     for name, fact in now.items():
         if fact != then.get(name):
             raise ValueError(f"cannot resume: {name} is {fact}, in the saved run "
                              f"{then.get(name)}")
-    run.model.load_state_dict(state["model"])
-    run.model.tie()
-    run.optimizer.load_state_dict(state["optimizer"])
+    run.optimizer.load_state_dict(state["optimizer"])  # what may refuse comes first
     for name, part in run.parts.items():
         part.load_state_dict(state["parts"][name])
+    run.model.load_state_dict(state["model"])
+    run.model.tie()
+    if taken_over(then["kernel"]):
+        use_kernel(run.model, then["kernel"][0])
+        run.facts["kernel"] = then["kernel"]
     torch.set_rng_state(state["rng"]["cpu"])
     if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        there = state["rng"]["cuda"][: torch.cuda.device_count()]
+        torch.cuda.set_rng_state_all(there)
     for name, value in state["counters"].items():
         setattr(run, name, value)
     run.history = History.from_table(state["history"])
@@ -197,6 +202,7 @@ def run_facts(run: Run, data: TokenDataset, precision: str) -> dict:  # JSON val
         "transforms": run.model.transforms, "data (its first batch)": digest[:16],
         "schedule": [run.schedule(step) for step in (0, end // 2, end)],
         "optimizer": type(run.optimizer).__name__, "precision": precision,
+        "weights in each group": [len(g["params"]) for g in run.optimizer.param_groups],
         "kernel": kernels_of(run.model),
     }
     return json.loads(json.dumps(facts))
@@ -218,11 +224,9 @@ def kernels_of(model: nn.Module) -> list[str]:
     return sorted({getattr(k, "__name__", repr(k)) for k in kernels if k is not None})
 
 
-def take_kernel(run: Run, kernels: list[str]) -> None:
-    """Compute with the kernel of a saved run, if it had one of `KERNELS`."""
-    if len(kernels) == 1 and kernels[0] in KERNELS:
-        use_kernel(run.model, kernels[0])
-        run.facts["kernel"] = kernels
+def taken_over(kernels: list[str]) -> bool:
+    """Whether a resumed run computes with the kernels of the saved one."""
+    return len(kernels) == 1 and kernels[0] in KERNELS
 
 # %% ../nbs/00e_runs.ipynb #086c5c82
 def save_weights(run: Run, name: str) -> Path:
@@ -264,7 +268,8 @@ def open_folder(run: Run, resume: bool) -> None:
     """Resume from `run.out`, or make sure that a new run can write there."""
     if resume:
         restore_run(run, load_state(run.out / "state"))
-    elif (run.out / "state").exists():
+        clear_leftovers(run.out / "state")  # of a kill during the last save
+    elif latest_save(run.out / "state"):  # a kill before the first leaves none
         raise ValueError(f"{run.out} holds a run already: resume it, or choose another "
                          "folder")
     rows = "".join(json.dumps(row) + "\n" for row in run.history)
@@ -349,8 +354,12 @@ def find_non_finite(
             hooks.append(module.register_forward_hook(partial(watch, name)))
     try:
         with torch.random.fork_rng(), autocast():
-            loss_model(input_ids, targets).backward()
+            loss = loss_model.forward(input_ids, targets)  # also if it is compiled
+            look("the loss", loss)
+            look("the auxiliary loss", auxiliary := auxiliary_loss(loss_model))
+            (loss + auxiliary).backward()
     finally:
+        clear_auxiliary_loss(loss_model)
         for hook in hooks:
             hook.remove()
     for name, parameter in loss_model.named_parameters():
@@ -363,13 +372,15 @@ class NonFiniteError(FloatingPointError):
     """Too many steps in a row had a loss or gradient that is not finite."""
 
 
-def stop_if_hopeless(run: Run, data: TokenDataset, autocast=nullcontext) -> None:
+def stop_if_hopeless(
+    run: Run, data: TokenDataset, autocast=nullcontext, loss_model=None
+) -> None:
     """Raise `NonFiniteError` if too many steps in a row were skipped."""
     n, first = run.bad_in_a_row, run.step - run.bad_in_a_row
     if n < run.config.max_bad_steps:
         return
     batch = (t.to(run.device) for t in data.batch(run.config.seed, run.step - 1))
-    culprit = find_non_finite(LossModel(run.model), *batch, autocast)
+    culprit = find_non_finite(loss_model or LossModel(run.model), *batch, autocast)
     named = f"; the first such numbers are {culprit}" if culprit else ""
     saved = f", saved in {run.out}" if run.out else ""
     raise NonFiniteError(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['flops_per_token', 'matmul_peak', 'utilisation', 'tokens_per_second', 'seconds_per_step', 'steps_for_minutes',
-           'time_parts', 'faster_precision']
+           'time_parts', 'faster_precision', 'OneProduct', 'use_one_product']
 
 # %% ../nbs/01g_throughput.ipynb #thrc0004
 import math
@@ -12,7 +12,8 @@ import time
 from copy import deepcopy
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from .core import GPTModel, LossModel, MultiHeadAttention
 from .data import TokenDataset
@@ -119,3 +120,34 @@ def faster_precision(model: GPTModel, data: TokenDataset, config: TrainConfig) -
     precision, kernel = next(iter(time_parts(model, data, config)))
     use_kernel(model, kernel)
     return precision
+
+# %% ../nbs/01g_throughput.ipynb #oneprod1
+class OneProduct:
+    """Mixed into the class of an attention layer: Q, K and V by one product."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """As before; the weights are put together anew for each call."""
+        parts = self.W_query, self.W_key, self.W_value
+        weight = torch.cat([part.weight for part in parts])
+        bias = parts[0].bias
+        if bias is not None:
+            bias = torch.cat([part.bias for part in parts])
+        sizes = [part.out_features for part in parts]
+        return F.linear(x, weight, bias).split(sizes, dim=-1)
+
+
+def use_one_product(model: nn.Module) -> int:  # how many layers were changed
+    """Let attention layers compute Q, K and V together; no name changes.
+
+    Raises `ValueError` if no layer has three plain linears: wrapped ones are left."""
+    changed = 0
+    for layer in model.modules():
+        if isinstance(layer, MultiHeadAttention) and not isinstance(layer, OneProduct):
+            parts = layer.W_query, layer.W_key, layer.W_value
+            if all(type(part) is nn.Linear for part in parts):
+                layer.__class__ = type("OneProduct" + type(layer).__name__,
+                                       (OneProduct, type(layer)), {})
+                changed += 1
+    if not changed:
+        raise ValueError("no attention layer has three plain linears to put together")
+    return changed

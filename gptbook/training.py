@@ -104,19 +104,21 @@ def evaluate_loss(
     *,
     batches: int | None = None,   # only the first so many; None: all
     autocast: Callable = nullcontext,
+    loss_model: nn.Module | None = None,  # of the model; None: a `LossModel`
 ) -> float:                       # nats a token
     """The mean loss over tokens, in evaluation mode; the model's mode comes back."""
     device, mode = next(model.parameters()).device, model.training
-    loss_model, total, count = LossModel(model).eval(), 0.0, 0
+    loss_model, total, count = loss_model or LossModel(model), 0.0, 0
     windows = tqdm(data.windows(), "validation", delay=2, leave=False, disable=None)
+    loss_model.eval()
     try:
         for input_ids, targets in islice(windows, batches):
             n = (targets != -100).sum().item()
             with autocast():
-                loss = loss_model(input_ids.to(device), targets.to(device))
+                loss = loss_model.forward(input_ids.to(device), targets.to(device))
             total, count = total + loss.item() * n, count + n
     finally:
-        model.train(mode)
+        loss_model.train(mode)
     return total / max(1, count)
 
 # %% ../nbs/01_training.ipynb #5ae8e563
@@ -146,10 +148,13 @@ def update(
     run.history.append(dict(step=run.step, learning_rate=rate, **finite, **skipped))
 
 # %% ../nbs/01_training.ipynb #086c5c82
-def validate(run: Run, data: TokenDataset, autocast: Callable = nullcontext) -> None:
+def validate(
+    run: Run, data: TokenDataset, autocast=nullcontext, loss_model=None
+) -> None:
     """Note the validation loss; if it is the lowest so far, the weights are kept."""
     count = run.config.validation_batches
-    loss = evaluate_loss(run.model, data, batches=count, autocast=autocast)
+    loss = evaluate_loss(run.model, data, batches=count, autocast=autocast,
+                         loss_model=loss_model)
     if not math.isfinite(loss):
         return
     run.history[-1]["validation_loss"] = loss
@@ -199,21 +204,21 @@ def train(
     `NonFiniteError` after `max_bad_steps` steps in a row that had to be skipped, and
     `OutOfMemory`, which says what to do."""
     precision = precision or Precision()
+    loss_model = loss_model(model).train()  # before the seed: it may draw weights
     run = begin_run(model, data, config, optimizer, precision, callbacks, out=out,
                     tokenizer=tokenizer, info=info, schedule=schedule, resume=resume)
-    step = partial(
-        take_step, run, loss_model(model).train(), data, gradients, precision)
+    step = partial(take_step, run, loss_model, data, gradients, precision)
     with (stop_on_signal() as stop, closing(Progress(run, progress)) as show,
           explain_memory(run, data)):
         while run.step < config.steps and not run.stopping:
             step()
             run.stopping = stop.is_set()
             if validation is not None and run.at(config.validate_every):
-                validate(run, validation, precision.autocast)
+                validate(run, validation, precision.autocast, loss_model)
             for callback in (show, *callbacks):
                 callback(run)
             keep(run)
-            stop_if_hopeless(run, data, precision.autocast)
+            stop_if_hopeless(run, data, precision.autocast, loss_model)
     if run.stopping and run.step < config.steps:
         print(f"stopped after step {run.step} of {config.steps}"
               + (f"; all is saved, go on with: {resume_command}" if out else ""))
@@ -237,6 +242,10 @@ def begin_run(
         schedule or (lambda step: 1.0), out and Path(out), tokenizer, info or {},
     )
     with_state = [part for part in callbacks if hasattr(part, "state_dict")]
+    for part in with_state:
+        if not hasattr(part, "load_state_dict"):
+            raise ValueError(f"{part} has a state_dict and no load_state_dict: a run "
+                             "that is resumed could not give its state back")
     names = (f"{type(part).__name__} {i}" for i, part in enumerate(with_state))
     run.parts = {"precision": precision, **dict(zip(names, with_state))}
     run.facts = run_facts(run, data, precision.name)

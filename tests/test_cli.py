@@ -16,6 +16,7 @@ import torch
 
 from gptbook import cli
 from gptbook.checkpoints import load_model, save_model
+from gptbook.compilation import why_not_compile
 from gptbook.cli import Command, commands, explain, main
 from gptbook.core import GPTConfig, GPTModel, set_seed
 from gptbook.critic import corrupt_story
@@ -687,3 +688,30 @@ def test_memory_is_a_matter_of_the_pieces():
     sizes, cpu = GPTConfig(**{"context_length": 512}), torch.device("cpu")
     whole, piece = (cli.memory_needed(sizes, rows, cpu) for rows in (4, 1))
     assert cli.memory_needed(sizes, 1, cpu, less=True) < piece < whole
+
+
+def test_a_run_killed_before_its_first_save_goes_on_from_the_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT)
+    line = f"--data text.txt {FAST} --steps 4 --quiet --out"
+    for run in ("whole", "killed"):
+        train(capsys, f"{line} {run}")
+    for path in sorted(Path("killed").rglob("*"), reverse=True):
+        if path.name != "run.json" and path.name != "state":
+            path.rmdir() if path.is_dir() else path.unlink()
+    train(capsys, "--resume --quiet --out killed")
+    assert losses("killed") == losses("whole") and same(weights("killed"), weights("whole"))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
+def test_a_compiled_run_leads_to_the_same_losses(tmp_path, monkeypatch, capsys):
+    why_not_compile.cache_clear()
+    if why := why_not_compile("cpu"):
+        pytest.skip(why)
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT)
+    line = f"--data text.txt {FAST} --steps 4 --quiet --out"
+    train(capsys, f"{line} plain")
+    out, _ = train(capsys, f"{line} fast --compile --less-memory")
+    assert "without it" not in out
+    assert losses("fast") == pytest.approx(losses("plain"), abs=1e-4)

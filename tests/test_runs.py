@@ -120,6 +120,33 @@ def test_a_hopeless_run_names_the_layer(tmp_path):
     assert "2 steps in a row, 1 to 2" in str(error.value)
 
 
+class Balance(torch.nn.Module):
+    """A feed-forward whose auxiliary loss is not finite."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.linear = torch.nn.Linear(config.emb_dim, config.emb_dim)
+
+    def forward(self, x, positions):
+        self.aux_loss = self.linear.weight.sum() * math.inf
+        return self.linear(x)
+
+
+def test_an_auxiliary_loss_is_looked_at_and_cleared():
+    torch.manual_seed(0)
+    model = GPTModel(SIZES, mlp=Balance)
+    assert find_non_finite(LossModel(model), *DATA.batch(0, 0)) == "the auxiliary loss"
+    assert all(block.mlp.aux_loss is None for block in model.blocks)
+
+
+def test_the_loss_itself_is_looked_at():
+    class Bad(LossModel):
+        def forward(self, *batch):
+            return super().forward(*batch) * math.nan
+
+    assert find_non_finite(Bad(a_model()), *DATA.batch(0, 0)) == "the loss"
+
+
 # memory -----------------------------------------------------------------------------
 
 def a_run():

@@ -1,5 +1,6 @@
 """Counted operations against torch's counter, timings that change nothing, durations."""
 import math
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from gptbook.data import TokenDataset
 from gptbook.runs import KERNELS, History, TrainConfig, kernels_of, use_kernel
 from gptbook.throughput import (
     faster_precision, flops_per_token, matmul_peak, seconds_per_step, steps_for_minutes,
-    time_parts, tokens_per_second, utilisation,
+    time_parts, tokens_per_second, use_one_product, utilisation,
 )
 
 SIZES = GPTConfig(37, 16, 16, 2, 2, drop_rate=0.1)
@@ -79,3 +80,31 @@ def test_steps_for_minutes():
     for minutes, seconds in ((0, 1), (-1, 1), (math.nan, 1), (math.inf, 1), (0.1, 60)):
         with pytest.raises(ValueError, match=f"minutes={minutes}"):
             steps_for_minutes(minutes, seconds)
+
+
+@pytest.mark.parametrize("sizes", [dict(), dict(bias=False), dict(emb_dim=32, n_heads=4, n_kv_heads=2)])
+def test_one_product_is_three(sizes):
+    three, one = a_model(**sizes, drop_rate=0.0), a_model(**sizes, drop_rate=0.0)
+    assert use_one_product(one) == 2
+    for model in (three, one):
+        LossModel(model)(*DATA.batch(0, 0)).backward()
+    assert three.state_dict().keys() == one.state_dict().keys()
+    for (name, p), q in zip(three.named_parameters(), one.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=name)
+    copied = deepcopy(one)  # computes with its own weights
+    with torch.no_grad():
+        copied.blocks[0].attn.W_value.weight.zero_()
+    x = DATA.batch(0, 0)[0]
+    torch.testing.assert_close(one(x), three(x), rtol=1e-4, atol=1e-5)
+    assert (copied(x) - one(x)).abs().max() > 1e-3
+
+
+def test_one_product_leaves_what_is_wrapped():
+    class Wrapped(torch.nn.Linear):
+        """Computes more than its weight says."""
+
+    model = a_model()
+    model.blocks[0].attn.W_query.__class__ = Wrapped
+    assert use_one_product(model) == 1
+    with pytest.raises(ValueError, match="three plain linears"):
+        use_one_product(model)

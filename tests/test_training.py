@@ -624,3 +624,75 @@ def test_kernels_train_alike(name):
     torch.testing.assert_close(a, b, rtol=0, atol=1e-4 if name == "float32" else 0.03)
 
 
+
+
+# what a second reader found ------------------------------------------------------------
+
+def test_killed_before_its_first_save_a_run_may_begin_again(tmp_path):
+    (tmp_path / "state" / "save_000000_step_2.tmp").mkdir(parents=True)  # what a kill leaves
+    straight = run(whole := a_model())
+    assert_same_run(whole, straight, other := a_model(), run(other, out=tmp_path))
+
+
+def test_a_refused_resume_changes_nothing(tmp_path):
+    stop = lambda r: setattr(r, "stopping", r.step == 5)
+    run(with_kernel(a_model(), "naive_attention"), out=tmp_path, callbacks=[stop])
+    other = a_model(seed=3)
+    before, kernels = deepcopy(other.state_dict()), kernels_of(other)
+    three = lambda model, config: torch.optim.AdamW(
+        [{"params": [p]} for p in model.parameters()], config.learning_rate)
+    for change in (dict(optimizer=three), dict(config=replace(CONFIG, seed=8))):
+        with pytest.raises(ValueError, match="cannot resume"):
+            run(other, out=tmp_path, resume=True, **change)
+        assert_same_state(dict(before), dict(other.state_dict()))
+        assert kernels_of(other) == kernels
+
+
+class DrawingLoss(LossModel):
+    """A loss that draws a number when it is made."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.drawn = torch.rand(3)
+
+
+def test_a_loss_that_draws_does_not_disturb_the_resumed_run(tmp_path):
+    straight = run(whole := a_model(), loss_model=DrawingLoss)
+    stop = lambda r: setattr(r, "stopping", r.step == 5)
+    run(a_model(), loss_model=DrawingLoss, out=tmp_path, callbacks=[stop])
+    other = a_model(seed=2)
+    resumed = run(other, loss_model=DrawingLoss, out=tmp_path, resume=True)
+    assert_same_run(whole, straight, other, resumed)
+
+
+class Watching(LossModel):
+    """Counts its calls in either mode; what it says is a little off."""
+
+    calls = []
+
+    def forward(self, input_ids, targets, positions=None):
+        self.calls.append(self.training)
+        return super().forward(input_ids, targets, positions) + 1.0
+
+
+def test_validation_asks_the_loss_of_the_run():
+    Watching.calls.clear()
+    model = a_model(drop_rate=0.0)
+    history = run(model, loss_model=Watching)
+    assert Watching.calls.count(True) == 12 and Watching.calls.count(False) > 0
+    last = history.column("validation_loss")[1][-1]
+    assert last == pytest.approx(evaluate_loss(model, HELD_OUT) + 1.0, abs=1e-5)
+
+
+class Forgetful:
+    def __call__(self, run):
+        pass
+
+    def state_dict(self):
+        return {}
+
+
+def test_a_part_that_cannot_be_restored_is_refused_at_the_start(tmp_path):
+    with pytest.raises(ValueError, match="no load_state_dict"):
+        run(a_model(), out=tmp_path / "new", callbacks=[Forgetful()])
+    assert not (tmp_path / "new").exists()
