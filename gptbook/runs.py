@@ -16,8 +16,6 @@ import os
 import platform
 import re
 import signal
-import statistics
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -31,7 +29,7 @@ from tqdm import tqdm
 
 from .atomic_files import atomic_write, clear_leftovers
 from .checkpoints import latest_save, load_state, save_model, save_state
-from .core import GPTConfig, GPTModel, LossModel, MultiHeadAttention
+from .core import GPTModel, LossModel, MultiHeadAttention
 from .core import auxiliary_loss, clear_auxiliary_loss, naive_attention, sdpa
 from .data import TokenDataset
 

@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -22,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .core import GPTConfig, GPTModel, LossModel
+from .core import GPTModel, LossModel
 from .core import auxiliary_loss, clear_auxiliary_loss
 from .data import TokenDataset
-from .runs import History, NonFiniteError, Progress, Run, TrainConfig
+from .runs import History, Progress, Run, TrainConfig
 from .runs import explain_memory, keep, open_folder, run_facts, save_weights
 from .runs import stop_if_hopeless, stop_on_signal
 

@@ -12,6 +12,17 @@ for name, value in {
 
 
 @pytest.fixture
+def one_thread():
+    """Bits and timings that do not depend on the cores that are there."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def wrap_embedding():
     """A function that puts a wrapper round a model's embedding, as a transform would."""
     from torch import nn

@@ -2,9 +2,7 @@
 dtypes, and what does not fit."""
 import math
 from copy import deepcopy
-from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,31 +14,15 @@ from gptbook.averages import (
     WeightAverage, check_weights, decay_ramp, put_weights, trained_weights,
 )
 from gptbook.checkpoints import load_model, load_state, save_model
-from gptbook.core import GPTConfig, GPTModel
-from gptbook.data import TokenDataset
 from gptbook.precision import BFloat16
 from gptbook.runs import TrainConfig
 from gptbook.training import compute_gradients, evaluate_loss, train
+from tiny_runs import DATA, HELD_OUT, a_model
 
-SIZES = GPTConfig(37, 16, 16, 2, 2, drop_rate=0.1)
 CONFIG = TrainConfig(steps=12, learning_rate=1e-2, validate_every=4, save_every=3)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def a_model(seed=0, **sizes):
-    torch.manual_seed(seed)
-    return GPTModel(replace(SIZES, **sizes))
-
-
-DATA = TokenDataset(np.random.default_rng(0).integers(0, 37, 1000), 16, 4)
-HELD_OUT = TokenDataset(np.random.default_rng(1).integers(0, 37, 200), 16, 3)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(model, *callbacks, config=CONFIG, validation=None, **options):

@@ -1,6 +1,5 @@
 """The model: reference numerics over many shapes, the fast paths, and every error path."""
 
-import itertools
 import json
 from dataclasses import asdict, dataclass, replace
 from functools import partial

@@ -22,12 +22,7 @@ CONFIG = TrainConfig(steps=10, learning_rate=3e-3, validate_every=5, save_every=
 SHAPES = [(1, 3, 16, 1), (2, 8, 16, 2), (3, 5, 24, 4)]  # rows, tokens, width, heads
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def a_model(width=16, heads=2, seed=0, **sizes):

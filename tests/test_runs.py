@@ -6,28 +6,18 @@ import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from gptbook import runs, training
-from gptbook.core import GPTConfig, GPTModel, LossModel
-from gptbook.data import TokenDataset
+from gptbook.core import GPTModel, LossModel
 from gptbook.runs import (
     History, NonFiniteError, OutOfMemory, TrainConfig, explain_memory, find_non_finite,
     peak_memory,
 )
 from gptbook.training import train
+from tiny_runs import DATA, SIZES, a_model
 
-SIZES = GPTConfig(37, 16, 16, 2, 2, drop_rate=0.1)
-
-
-def a_model(seed=0, **sizes):
-    torch.manual_seed(seed)
-    return GPTModel(replace(SIZES, **sizes))
-
-
-DATA = TokenDataset(np.random.default_rng(0).integers(0, 37, 1000), 16, 4)
 CONFIG = TrainConfig(steps=12, learning_rate=3e-3)
 
 
@@ -185,8 +175,9 @@ SCRIPT = """
 import resource, sys, torch
 sys.path.insert(0, {tests!r})
 from test_runs import *
+from tiny_runs import some_data
 torch.set_num_threads(1)
-data = TokenDataset(np.random.default_rng(0).integers(0, 37, 100_000), 256, 64)
+data = some_data(100_000, 64, context_length=256)
 model = a_model(context_length=256, emb_dim=64)
 runs.use_kernel(model, "naive_attention")
 now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

@@ -1,31 +1,20 @@
 """Counted operations against torch's counter, timings that change nothing, durations."""
 import math
 from copy import deepcopy
-from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
 from torch.utils.flop_counter import FlopCounterMode
 
-from gptbook.core import GPTConfig, GPTModel, LossModel
-from gptbook.data import TokenDataset
+from gptbook.core import LossModel
 from gptbook.runs import KERNELS, History, TrainConfig, kernels_of, use_kernel
 from gptbook.throughput import (
     faster_precision, flops_per_token, matmul_peak, seconds_per_step, steps_for_minutes,
     time_parts, tokens_per_second, use_one_product, utilisation,
 )
+from tiny_runs import DATA, a_model
 
-SIZES = GPTConfig(37, 16, 16, 2, 2, drop_rate=0.1)
-
-
-def a_model(seed=0, **sizes):
-    torch.manual_seed(seed)
-    return GPTModel(replace(SIZES, **sizes))
-
-
-DATA = TokenDataset(np.random.default_rng(0).integers(0, 37, 1000), 16, 4)
 CONFIG = TrainConfig(steps=12, learning_rate=3e-3)
 
 

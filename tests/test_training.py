@@ -9,51 +9,29 @@ import subprocess
 import sys
 import time
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from gptbook import runs, training
-from gptbook.checkpoints import CheckpointError, latest_save, load_model, load_state, save_state
+from gptbook.checkpoints import CheckpointError, load_model, load_state, save_state
 from gptbook.core import GPTConfig, GPTModel, LossModel
-from gptbook.data import TokenDataset
 from gptbook.precision import precision_for
-from gptbook.presets import PRESETS
-from gptbook.runs import KERNELS, History, NonFiniteError, TrainConfig, kernels_of, use_kernel
-from gptbook.throughput import (
-    faster_precision, seconds_per_step, steps_for_minutes, time_parts,
-)
+from gptbook.runs import KERNELS, NonFiniteError, TrainConfig, kernels_of, use_kernel
 from gptbook.training import (
     compute_gradients, evaluate_loss, make_optimizer, parameter_groups, show_samples, train,
 )
+from tiny_runs import DATA, HELD_OUT, SIZES, a_model, some_data
 
-SIZES = GPTConfig(37, 16, 16, 2, 2, drop_rate=0.1)
 CONFIG = TrainConfig(steps=12, learning_rate=3e-3, validate_every=4, save_every=3)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def a_model(seed=0, **sizes):
-    torch.manual_seed(seed)
-    return GPTModel(replace(SIZES, **sizes))
-
-
-def some_data(n=1000, batch_size=4, seed=0, context_length=16):
-    ids = np.random.default_rng(seed).integers(0, 37, n)
-    return TokenDataset(ids, context_length, batch_size)
-
-
-DATA, HELD_OUT = some_data(), some_data(200, 3, seed=1)
 run = partial(train, data=DATA, validation=HELD_OUT, config=CONFIG, progress=False)
 half = lambda step: 1 / (1 + step)  # a schedule that shows when it is off by one
 NUMBERS = ("loss", "validation_loss", "gradient_norm", "learning_rate", "tokens", "skipped")
