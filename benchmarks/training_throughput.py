@@ -34,7 +34,7 @@ from gptbook.throughput import use_one_product
 from gptbook.training import begin_run, take_step
 from results_file import RESULTS, record
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cpu")  # gpu_training.py sets another
 SHAPES = {  # vocabulary, context, width, layers, heads; rows of a timed batch
     "6x384": (dict(vocab_size=4096, context_length=256, emb_dim=384, n_layers=6, n_heads=6), 8),
     "124M": (dict(vocab_size=50257, context_length=512, emb_dim=768, n_layers=12, n_heads=12), 1),
@@ -54,7 +54,7 @@ def gptbook_step(sizes, rows, precision, compile_it, options):
     if options.get("one_product", True):
         use_one_product(model)
     loss = {"plain": LossModel, "chunked": ChunkedLoss}[options.get("loss", "chunked")]
-    data, parts = batches(sizes, rows), precision_for(precision, CPU)
+    data, parts = batches(sizes, rows), precision_for(precision, DEVICE)
     run = begin_run(model, data, TrainConfig(10**6), precision=parts)
     loss_model = (compiled(loss) if compile_it else loss)(model).train()
     return lambda: take_step(run, loss_model, data, precision=parts)
@@ -62,13 +62,13 @@ def gptbook_step(sizes, rows, precision, compile_it, options):
 
 def bare_loop(model, loss_of, optimizer, sizes, rows, precision, compile_it):
     """nanoGPT's loop: autocast, backward, clip, step, clear, with a log of the loss."""
-    data, parts = batches(sizes, rows), precision_for(precision, CPU)
-    called = torch.compile(model) if compile_it else model
-    model.train()
+    data, parts = batches(sizes, rows), precision_for(precision, DEVICE)
+    model.to(DEVICE).train()
+    called, device = torch.compile(model) if compile_it else model, DEVICE
     steps = iter(range(10**9))
 
     def step():
-        x, y = data.batch(0, next(steps))
+        x, y = (t.to(device) for t in data.batch(0, next(steps)))
         with parts.autocast():
             loss = loss_of(called, x, y)
         loss.backward()
@@ -85,10 +85,10 @@ def nanogpt_step(sizes, rows, precision, compile_it, options):
     from model import GPT
     from model import GPTConfig as Config
 
-    model = GPT(Config(
+    model = GPT(Config(  # moved before its optimiser is made
         block_size=sizes["context_length"], vocab_size=sizes["vocab_size"], dropout=0.0,
-        n_layer=sizes["n_layers"], n_head=sizes["n_heads"], n_embd=sizes["emb_dim"]))
-    adamw = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+        n_layer=sizes["n_layers"], n_head=sizes["n_heads"], n_embd=sizes["emb_dim"])).to(DEVICE)
+    adamw = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), DEVICE.type)
     return bare_loop(model, lambda m, x, y: m(x, y)[1], adamw, sizes, rows, precision,
                      compile_it)
 
@@ -99,7 +99,7 @@ def transformers_step(sizes, rows, precision, compile_it, options):
     model = GPT2LMHeadModel(GPT2Config(
         vocab_size=sizes["vocab_size"], n_positions=sizes["context_length"],
         n_embd=sizes["emb_dim"], n_layer=sizes["n_layers"], n_head=sizes["n_heads"],
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False))
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)).to(DEVICE)
     adamw = torch.optim.AdamW(model.parameters(), 1e-3, (0.9, 0.95), weight_decay=0.1,
                               fused=True)  # what its Trainer takes
 
