@@ -216,8 +216,8 @@ def check_flash(q, k, q_pos, k_pos, bias, dropout) -> None:
             raise ValueError("a learned bias would get no gradient here: use sdpa")
 
 # %% ../nbs/03a_flash_attention.ipynb #flatrinm
-tl = None  # becomes triton.language, once a kernel is asked for
-constexpr = "constexpr"  # what Triton reads as: fixed when the kernel is compiled
+tl = None  # triton.language, once a kernel is asked for
+constexpr = "constexpr"  # tl.constexpr then: what is fixed when Triton compiles
 
 # %% ../nbs/03a_flash_attention.ipynb #flatriko
 def attention_kernel(
@@ -262,9 +262,10 @@ def attention_kernel(
 @cache
 def triton_kernel() -> Callable:
     """`attention_kernel`, compiled by Triton at its first call."""
-    global tl
+    global tl, constexpr
     import triton
     import triton.language as tl
+    constexpr = tl.constexpr
     return triton.jit(attention_kernel)
 
 
@@ -354,8 +355,6 @@ def sdpa_backend(
     """Which kernel `scaled_dot_product_attention` picks for a call."""
     with _Names() as names:
         call()
-    for kind in ("flash", "efficient", "cudnn"):
-        if any(f"attention_{kind}" in name or f"{kind}_attention" in name
-               for name in names.found):
-            return kind
-    return "math"
+    kinds = [kind for kind in ("flash", "efficient", "cudnn")
+             if any(f"{kind}_attention" in name for name in names.found)]
+    return kinds[0] if kinds else "math"
