@@ -26,19 +26,17 @@ def run_experts(
     weights: Tensor,  # (N, k), what each expert's answer counts
 ) -> Tensor:          # (N, C)
     """Sort the tokens by expert, let each expert answer all of its own at once."""
-    n, k = chosen.shape
-    flat = chosen.flatten()
+    flat, k = chosen.flatten(), chosen.shape[1]
     order = flat.argsort(stable=True)  # (N * k,), nobody's last
     sizes = flat.bincount(minlength=len(experts) + 1).tolist()[:-1]
     order = order[: sum(sizes)]
-    parts = x.index_select(0, order // k).split(sizes)
-    asked = [i for i in range(len(experts)) if sizes[i] or torch.is_grad_enabled()]
-    if not asked:
-        return torch.zeros_like(x)
-    out = torch.cat([experts[i](parts[i], None) for i in asked])
-    answers = out.new_zeros(n * k, out.shape[1]).index_copy(0, order, out)
-    mixed = answers.unflatten(0, (n, k)) * weights[..., None]
-    return mixed.sum(1).to(out.dtype)
+    token, share = order // k, weights.flatten()[order, None]
+    out = torch.zeros_like(x, dtype=weights.dtype)
+    parts = zip(experts, *(y.split(sizes) for y in (x[token], token, share)))
+    for expert, part, token, share in parts:
+        if len(part) or torch.is_grad_enabled():  # a gradient of zero, rather than none
+            out.index_add_(0, token, expert(part, None) * share)
+    return out.to(x.dtype)
 
 # %% ../nbs/03c_mixture_of_experts.ipynb #moec0012
 def expert_load(chosen: Tensor, n_experts: int) -> Tensor:  # (E,), whole numbers
@@ -84,7 +82,7 @@ def check_router(n_experts, top_k, capacity_factor, noise, normalise) -> None:
     if top_k > n_experts:
         raise ValueError(f"top_k={top_k} experts of n_experts={n_experts}")
     if capacity_factor is not None and not capacity_factor > 0:
-        raise ValueError(f"capacity_factor={capacity_factor!r} must be above 0, or None")
+        raise ValueError(f"capacity_factor={capacity_factor!r} must be above 0")
     if not 0 <= noise < 1:
         raise ValueError(f"noise={noise!r} is outside [0, 1)")
     if normalise and top_k == 1:
@@ -128,7 +126,8 @@ class MixtureOfExperts(nn.Module):
         normalise = top_k > 1 if normalise is None else normalise
         check_router(n_experts, top_k, capacity_factor, noise, normalise)
         self.top_k, self.normalise, self.noise = top_k, normalise, noise
-        self.capacity_factor, self.balance, self.z_loss = capacity_factor, balance, z_loss
+        self.balance, self.z_loss = balance, z_loss
+        self.capacity_factor = capacity_factor
         self.router = nn.Linear(config.emb_dim, n_experts, bias=False)
         self.experts = nn.ModuleList(expert(config, layer) for _ in range(n_experts))
         self.aux_loss, self.bias_balanced = None, bias_balanced
@@ -149,8 +148,8 @@ class MixtureOfExperts(nn.Module):
         """Choose experts and weigh them; a bias changes the choice, not the weights."""
         logits = self.logits(x)
         probabilities = logits.softmax(-1)
-        score = probabilities + self.choice_bias if self.bias_balanced else probabilities
-        chosen = score.topk(self.top_k).indices
+        bias = self.choice_bias if self.bias_balanced else 0.0
+        chosen = (probabilities + bias).topk(self.top_k).indices
         weights = probabilities.gather(1, chosen)
         if self.normalise:
             weights = weights / weights.sum(-1, keepdim=True)
@@ -170,7 +169,9 @@ class MixtureOfExperts(nn.Module):
         out = run_experts(self.experts, tokens, chosen, routing.weights)
         return out.unflatten(0, x.shape[:2])
 
-    def train_router(self, routing: Routing, chosen: Tensor, real: Tensor | None) -> Tensor:
+    def train_router(
+        self, routing: Routing, chosen: Tensor, real: Tensor | None
+    ) -> Tensor:
         """Leave the losses and the load; return what is left within the capacity."""
         logits, probabilities = routing.logits, routing.probabilities
         if real is not None:
@@ -187,7 +188,7 @@ class MixtureOfExperts(nn.Module):
 
     @torch.no_grad()
     def move_bias(self) -> None:
-        """Raise the bias of who had too few tokens in the last step, lower the others'."""
+        """Raise the bias of who had too few tokens in the last step, lower others'."""
         gap = self.load.mean() - self.load
         self.choice_bias += BIAS_STEP * gap.sign()
 
