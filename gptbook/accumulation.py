@@ -41,7 +41,7 @@ def accumulate_gradients(
     batches,                # (input_ids, targets) each, -100 where nothing is asked
     precision: Precision = Precision(),
     tokens: float | None = None,  # what to divide by; None: all that are asked
-) -> tuple[float, float]:   # nats a token, auxiliary loss
+) -> tuple[Tensor, Tensor]:  # nats a token, auxiliary loss
     """The gradient of all batches as one, by a backward pass for each; adds it.
 
     A batch that asks nothing is left out. Raises `ValueError` if there is no batch."""
@@ -56,7 +56,7 @@ def accumulate_gradients(
                  for share, batch in others]
     share, batch = last
     parts.append(add_gradients(loss_model, batch, share, precision))
-    loss, auxiliary = (sum(column).item() for column in zip(*parts))
+    loss, auxiliary = map(sum, zip(*parts))
     return loss, auxiliary
 
 # %% ../nbs/01c_accumulation.ipynb #183b66f5
@@ -94,7 +94,7 @@ class Accumulate:
     def __call__(
         self, loss_model: nn.Module, input_ids: Tensor, targets: Tensor,
         precision: Precision = Precision(),
-    ) -> tuple[float, float]:  # nats a token, auxiliary loss
+    ) -> tuple[Tensor, Tensor]:  # nats a token, auxiliary loss
         """`compute_gradients` in pieces."""
         pieces = cut_batch(input_ids, targets, self.rows, self.trim)
         return accumulate_gradients(loss_model, pieces, precision)

@@ -188,7 +188,7 @@ class ChunkedLoss(LossModel):
     def __init__(
         self,
         model: GPTModel,   # anything with `features` and `head`
-        chunk: int = 256,  # most tokens whose logits exist at a time
+        chunk: int | None = None,  # most tokens whose logits exist at a time
     ):
         super().__init__(model)
         self.chunk = chunk
@@ -204,8 +204,10 @@ class ChunkedLoss(LossModel):
         if x.shape[:2] != targets.shape:
             raise ValueError(f"targets {tuple(targets.shape)} do not fit the "
                              f"{tuple(x.shape[:2])} tokens")
-        x, targets = x.flatten(0, 1), targets.flatten()
-        return self.of_head(self.model.head, x, targets, self.chunk)
+        x, targets, chunk = x.flatten(0, 1), targets.flatten(), self.chunk
+        if chunk is None:  # a GPU wants large products
+            chunk = 256 if x.is_cpu else 4096
+        return self.of_head(self.model.head, x, targets, chunk)
 
 # %% ../nbs/01f_less_memory.ipynb #lm000071
 class Recomputed:

@@ -85,15 +85,14 @@ def compute_gradients(
     input_ids: Tensor,      # (B, T)
     targets: Tensor,        # (B, T), -100 where nothing is asked
     precision: Precision = Precision(),
-) -> tuple[float, float]:   # nats a token, auxiliary loss
+) -> tuple[Tensor, Tensor]:  # nats a token, auxiliary loss
     """Forward and backward pass of one batch; adds to the gradients."""
     with precision.autocast():
         loss = loss_model(input_ids, targets)
-        auxiliary = auxiliary_loss(loss_model)
+        auxiliary = torch.as_tensor(auxiliary_loss(loss_model))
     precision.backward(loss + auxiliary)
-    auxiliary = float(torch.as_tensor(auxiliary).detach())
     clear_auxiliary_loss(loss_model)  # after backward: checkpointing needs it there
-    return loss.item(), auxiliary
+    return loss.detach(), auxiliary.detach()  # not .item(): that waits for a GPU
 
 # %% ../nbs/01_training.ipynb #0f1a5f69
 @torch.no_grad()
@@ -123,15 +122,15 @@ def evaluate_loss(
 # %% ../nbs/01_training.ipynb #5ae8e563
 def update(
     run: Run,
-    loss: float,              # of the batch whose gradients are there
-    auxiliary: float = 0.0,
+    loss: float | Tensor,     # of the batch whose gradients are there
+    auxiliary: float | Tensor = 0.0,
     precision: Precision = Precision(),
 ) -> None:
     """Clip, set the rate, step; or skip the step if a number is not finite."""
     precision.unscale(run.optimizer)
     limit, rate = run.config.clip_norm or math.inf, run.learning_rate
-    norm = nn.utils.clip_grad_norm_(run.model.parameters(), limit).item()
-    row = dict(loss=loss, auxiliary_loss=auxiliary, gradient_norm=norm)
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), limit)
+    row = dict(loss=float(loss), auxiliary_loss=float(auxiliary), gradient_norm=norm.item())
     finite = {name: number for name, number in row.items() if math.isfinite(number)}
     good = finite == row
     if good:

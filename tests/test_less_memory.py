@@ -189,7 +189,7 @@ def test_pieces_have_about_one_size():
     assert [len(p) for p in pieces] == [25] * 4 and 50 not in torch.cat(pieces)
 
 
-@pytest.mark.parametrize("chunk", [0, -1, 2.0, True, None])
+@pytest.mark.parametrize("chunk", [0, -1, 2.0, True, "256"])
 def test_a_bad_chunk_is_refused(chunk):
     with pytest.raises(ValueError, match="whole number"):
         ChunkedLoss(new_model(), chunk)(*new_batch())
@@ -636,5 +636,6 @@ def test_on_a_gpu(dtype):
     checkpoint_activations(model)
     with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None):
         found = results(ChunkedLoss(model, 20), batch)
+    largest = max(b.norm() for b in exact[1:])  # the bias of the keys has none but noise
     for a, b in zip(found, exact):
-        assert (a - b).norm() < (0.05 if dtype else 1e-5) * b.norm()
+        assert (a - b).norm() < (0.05 if dtype else 1e-5) * max(b.norm(), 0.01 * largest)
