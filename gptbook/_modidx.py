@@ -24,6 +24,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'gptbook.architecture.Rotary': ('architecture.html#rotary', 'gptbook/architecture.py'),
                                       'gptbook.architecture.Rotary.__init__': ( 'architecture.html#rotary.__init__',
                                                                                 'gptbook/architecture.py'),
+                                      'gptbook.architecture.Rotary._apply': ('architecture.html#rotary._apply', 'gptbook/architecture.py'),
                                       'gptbook.architecture.Rotary.angles': ('architecture.html#rotary.angles', 'gptbook/architecture.py'),
                                       'gptbook.architecture.Rotary.forward': ( 'architecture.html#rotary.forward',
                                                                                'gptbook/architecture.py'),

@@ -25,16 +25,20 @@ class NoPositions(nn.Module):
 
 # %% ../nbs/03_architecture.ipynb #arcc0008
 def rope_frequencies(
-    head_dim: int,  # D, even
-    base: float = 10_000.0,
-) -> Tensor:  # (D / 2,), radians a token, the fastest first
-    """The angles by which one step turns each pair (Su et al. 2021, §3.2.2)."""
+    head_dim: int,           # D, even
+    base: float = 10_000.0,  # the larger, the slower the slow pairs
+) -> Tensor:                 # (D / 2,), radians a token, the fastest first
+    """The angles by which one step turns each pair (Su et al. 2021, §3.2.2).
+
+    Raises `ValueError` for an odd `head_dim`, and for a base that is not positive."""
     if head_dim % 2:
         raise ValueError(f"a rotation turns pairs: head_dim={head_dim} is odd")
+    if not base > 0:
+        raise ValueError(f"base={base!r} must be positive")
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
     return 1.0 / base ** (exponents / head_dim)
 
-
+# %% ../nbs/03_architecture.ipynb #arcc0009
 class Rotary(nn.Module):
     """Rotates pairs of numbers by angles that grow with the position (Su et al. 2021).
 
@@ -45,7 +49,7 @@ class Rotary(nn.Module):
         config: GPTConfig,
         base: float = 10_000.0,
         scaling=None,  # frequencies (D / 2,) -> (frequencies, factor of the output)
-        interleaved: bool = False,  # pairs (0, 1), (2, 3), … and not (0, D/2), (1, D/2 + 1), …
+        interleaved: bool = False,  # pairs (0, 1), (2, 3), … not (0, D/2), (1, D/2 + 1), …
     ):
         super().__init__()
         self.frequencies, self.factor = rope_frequencies(config.head_dim, base), 1.0
@@ -53,15 +57,22 @@ class Rotary(nn.Module):
             self.frequencies, self.factor = scaling(self.frequencies)
         self.interleaved = interleaved
 
+    def _apply(self, fn, recurse=True):  # no buffer: it goes to devices, to no dtype
+        device = fn(self.frequencies).device
+        if device.type != "meta":  # from there the values would not come back
+            self.frequencies = self.frequencies.to(device)
+        return super()._apply(fn, recurse)
+
     def angles(self, positions: Positions) -> Tensor:  # (1 | B, 1, T, D / 2)
         index = positions.index[:, None, :, None]
-        if self.frequencies.device != index.device:  # no buffer: .half() must not reach it
-            self.frequencies = self.frequencies.to(index.device)
-        return index.clamp(min=0) * self.frequencies
+        return index * self.frequencies.to(index.device)
 
     def forward(self, x: Tensor, positions: Positions) -> Tensor:
         angle = self.angles(positions)
-        cos, sin = ((self.factor * y).to(x.dtype) for y in (angle.cos(), angle.sin()))
+        cos, sin = angle.cos(), angle.sin()
+        if self.factor != 1.0:
+            cos, sin = self.factor * cos, self.factor * sin
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         if self.interleaved:
             a, b = x[..., ::2], x[..., 1::2]
             return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
@@ -73,18 +84,22 @@ def interleaved_to_half(
     weight: Tensor,  # (heads * D, C) of W_query or W_key, or a bias (heads * D,)
     head_dim: int,   # D
 ) -> Tensor:
-    """Reorder the rows of each head, so that half-split rotation does what the other did."""
+    """Reorder the rows of each head so that half-split rotation does what the other did."""
     rows = weight.unflatten(0, (-1, head_dim // 2, 2))  # (heads, pair, which of it)
     return rows.transpose(1, 2).flatten(0, 2)
 
 
-def half_to_interleaved(weight: Tensor, head_dim: int) -> Tensor:
+def half_to_interleaved(
+    weight: Tensor,  # as above
+    head_dim: int,   # D
+) -> Tensor:
     """The way back."""
-    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+    rows = weight.unflatten(0, (-1, 2, head_dim // 2))  # (heads, which of it, pair)
+    return rows.transpose(1, 2).flatten(0, 2)
 
 # %% ../nbs/03_architecture.ipynb #arcc0012
 class RMSNorm(nn.Module):
-    """Divide by the root mean square, in float32, and scale (Zhang & Sennrich 2019).
+    """Divide by the root mean square, in float32, and scale (Zhang and Sennrich 2019).
 
     Shapes: (..., C) -> (..., C)."""
 
@@ -93,20 +108,22 @@ class RMSNorm(nn.Module):
         self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        weight = self.weight.to(x.dtype)  # of two dtypes there is no fused kernel
+        return F.rms_norm(x, weight.shape, weight, self.eps)
 
 # %% ../nbs/03_architecture.ipynb #arcc0014
-def gated_width(dim: int, multiple: int = 8) -> int:
-    """The width at which three matrices cost what GPT-2's two cost: 8/3 C, rounded up."""
+def gated_width(
+    dim: int,           # C
+    multiple: int = 8,  # of the result; matrix units like round numbers
+) -> int:
+    """The width at which three matrices cost what GPT-2's two do: 8/3 C, rounded up."""
     return -(-8 * dim // (3 * multiple)) * multiple
 
 
 class SwiGLU(nn.Module):
-    """A feed-forward whose second input opens and closes the first (Shazeer 2020).
+    """A feed-forward whose second input opens and closes the first (Shazeer 2020, §2).
 
-    Shapes: (B, T, C) -> (B, T, C)."""
+    Shapes: (B, T, C) -> (B, T, C). Raises `ValueError` for a `hidden_dim` below 1."""
 
     def __init__(
         self,
@@ -115,7 +132,11 @@ class SwiGLU(nn.Module):
         hidden_dim: int | None = None,  # None: as many parameters as `FeedForward`
     ):
         super().__init__()
-        dim, hidden = config.emb_dim, hidden_dim or gated_width(config.emb_dim)
+        dim, hidden = config.emb_dim, hidden_dim
+        if hidden is None:
+            hidden = gated_width(dim)
+        if hidden < 1:
+            raise ValueError(f"hidden_dim={hidden_dim!r} must be at least 1")
         self.fc_gate = nn.Linear(dim, hidden, bias=config.bias)
         self.fc_in = nn.Linear(dim, hidden, bias=config.bias)
         self.fc_out = nn.Linear(hidden, dim, bias=config.bias)
