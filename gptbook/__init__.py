@@ -14,6 +14,7 @@ from gptbook.checkpoints import CheckpointError, load_demo, load_model, save_mod
 from gptbook.core import GPTConfig, GPTModel, pick_device, set_seed
 from gptbook.generation import generate_text
 from gptbook.inference import KVCache
+from gptbook import recipes as _recipes  # noqa: F401, registers them
 from gptbook.runs import TrainConfig
 from gptbook.tokenizer import Tokenizer, train_bpe
 from gptbook.training import train
