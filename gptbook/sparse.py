@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_counts', 'Pattern', 'SlidingWindow', 'Strided', 'Global', 'scramble', 'RandomBlocks', 'ranges_of', 'causal_for',
-           'Union', 'Intersection', 'Longformer', 'BigBird']
+           'Union', 'Intersection', 'Longformer', 'BigBird', 'merged', 'take_slices', 'Pick', 'blocked_attention']
 
 # %% ../nbs/03b_sparse_attention.ipynb #spc00003
 from collections.abc import Callable
@@ -52,8 +52,7 @@ class SlidingWindow(Pattern):
         check_counts(window=self.window)
 
     def __call__(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        distance = q_pos - k_pos
-        return (distance >= 0) & (distance < self.window)
+        return (k_pos <= q_pos) & (k_pos > q_pos - self.window)
 
     def is_causal(self, n_keys: int) -> bool:
         return n_keys <= self.window
@@ -121,10 +120,10 @@ class RandomBlocks(Pattern):
         if type(self.seed) is not int or not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed!r} must be a whole number below 2**32")
 
-    def drawn(self, number: Tensor) -> list[Tensor]:
+    def drawn(self, number: Tensor | int) -> list[Tensor | int]:
         """The earlier blocks that the block of this number sees; for block 0, itself."""
-        start = scramble(number.long() + 1 + scramble(self.seed))
-        return [scramble(start + i) % number.clamp(min=1) for i in range(self.draws)]
+        start, earlier = scramble(number + scramble(self.seed)), number + (number == 0)
+        return [scramble(start + i) % earlier for i in range(self.draws)]
 
     def __call__(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         own, other = q_pos // self.block, k_pos // self.block
@@ -137,8 +136,8 @@ class RandomBlocks(Pattern):
         return n_keys <= self.block
 
     def ranges(self, first: int, last: int) -> list[range]:
-        own = torch.arange(first // self.block, last // self.block + 1, device="cpu")
-        numbers = sorted({n for drawn in (own, *self.drawn(own)) for n in drawn.tolist()})
+        blocks = range(first // self.block, last // self.block + 1)
+        numbers = sorted({n for own in blocks for n in (own, *self.drawn(own))})
         starts = [n * self.block for n in numbers]
         return [range(s, min(s + self.block, last + 1)) for s in starts]
 
@@ -225,3 +224,69 @@ class BigBird(Union):
     ):
         random = RandomBlocks(draws, block, seed)
         super().__init__((SlidingWindow(local), Global(tokens), random))
+
+# %% ../nbs/03b_sparse_attention.ipynb #spc00020
+def merged(ranges: list[range]) -> list[slice]:
+    """The same keys in order and without overlaps."""
+    found = []
+    for r in sorted(ranges, key=lambda r: r.start):
+        if found and r.start <= found[-1].stop:
+            found[-1] = slice(found[-1].start, max(found[-1].stop, r.stop))
+        elif len(r):
+            found.append(slice(r.start, r.stop))
+    return found or [slice(0, 1)]  # one key at least; the mask hides it
+
+
+def take_slices(x: Tensor, slices: list[slice]) -> Tensor:
+    """Some of the tokens of x (B, heads, T, D), copied only if they lie apart."""
+    parts = [x[:, :, s] for s in slices]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+class Pick(torch.autograd.Function):
+    """The tokens that each block needs; gradients are added into a single buffer."""
+
+    @staticmethod
+    def forward(ctx, x, plan):  # plan: for each block a list of slices
+        ctx.plan, ctx.like = plan, torch.empty_like(x, device="meta")
+        return tuple(take_slices(x, slices) for slices in plan)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        dtype = torch.promote_types(ctx.like.dtype, torch.float32)
+        total = torch.zeros_like(ctx.like, dtype=dtype, device=grads[0].device)
+        for slices, grad in zip(ctx.plan, grads):
+            sizes = [s.stop - s.start for s in slices]
+            for s, part in zip(slices, grad.split(sizes, dim=2)):
+                total[:, :, s] += part
+        return total.to(ctx.like.dtype), None
+
+# %% ../nbs/03b_sparse_attention.ipynb #spc00021
+def blocked_attention(
+    q: Tensor,  # (B, H, Tq, D)
+    k: Tensor,  # (B, K, Tk, D), K divides H
+    v: Tensor,  # (B, K, Tk, D)
+    *,
+    q_pos: Positions,
+    k_pos: Positions,
+    mask: Callable,  # a `Pattern`; other masks are right too, and skip nothing
+    bias: Callable | None = None,
+    dropout: float = 0.0,
+    block: int = 64,  # queries that are computed at once
+) -> Tensor:  # (B, H, Tq, D)
+    """`naive_attention` that fetches only keys which some query of a block may see.
+
+    `sdpa` where positions are not aligned, queries are few, or nothing is hidden."""
+    n, rest = q.shape[2], dict(mask=mask, bias=bias, dropout=dropout)
+    whole = q_pos.aligned and k_pos.aligned and n == k.shape[2]
+    if not whole or n <= block or causal_for(mask, n):
+        return sdpa(q, k, v, q_pos=q_pos, k_pos=k_pos, **rest)
+    rows = [slice(start, min(start + block, n)) for start in range(0, n, block)]
+    plan = [merged(ranges_of(mask, r.start, r.stop - 1)) for r in rows]
+    blocks = zip(q.split(block, dim=2), Pick.apply(k, plan), Pick.apply(v, plan))
+    out = []
+    for (a, b, c), r, slices in zip(blocks, rows, plan):
+        seen = torch.cat([k_pos.index[:, s] for s in slices], dim=1)
+        where = dict(q_pos=Positions(q_pos.index[:, r]), k_pos=Positions(seen))
+        out.append(sdpa(a, b, c, **where, **rest).transpose(1, 2))
+    return torch.cat(out, dim=1).transpose(1, 2)
