@@ -1,0 +1,528 @@
+"""Blocked attention against the formula: values, gradients, skipped blocks, memory, dropout."""
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradcheck
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from gptbook import flash
+from gptbook.core import (
+    Causal, GPTConfig, GPTModel, LossModel, MultiHeadAttention, Positions, naive_attention, sdpa,
+    set_seed)
+from gptbook.flash import (
+    FlashAttention, Tiles, flash_attention, flash_backward, flash_forward, flex, sdpa_backend,
+    tile_columns, tile_reach, triton_attention, triton_forward)
+from gptbook.inference import KVCache
+
+
+@dataclass(frozen=True)
+class Last:
+    window: int
+
+    def __call__(self, q_pos, k_pos):
+        return (q_pos >= k_pos) & (q_pos - k_pos < self.window)
+
+    def is_causal(self, n_keys):
+        return n_keys <= self.window
+
+
+@dataclass(frozen=True)
+class All:
+    def __call__(self, q_pos, k_pos):
+        return (q_pos == q_pos) & (k_pos == k_pos)
+
+
+@dataclass(frozen=True)
+class Documents:
+    length: int
+
+    def __call__(self, q_pos, k_pos):
+        return (q_pos >= k_pos) & (q_pos // self.length == k_pos // self.length)
+
+
+def by_distance(q_pos, k_pos):
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625]).view(1, 4, 1, 1)
+    return -slopes * (q_pos - k_pos)
+
+
+def example(B=2, H=4, K=2, Tq=37, Tk=37, D=8, dtype=torch.float64, aligned=True):
+    set_seed(Tq + Tk)
+    qkv = [torch.randn(B, n, T, D, dtype=dtype, requires_grad=True)
+           for n, T in ((H, Tq), (K, Tk), (K, Tk))]
+    q_pos, k_pos = (Positions(torch.arange(a, Tk)[None], aligned) for a in (Tk - Tq, 0))
+    return qkv, dict(q_pos=q_pos, k_pos=k_pos)
+
+
+def padded(T=12, pads=(4, 0)):
+    index = torch.stack([(torch.arange(T) - n).clamp(min=-1) for n in pads])
+    return dict(q_pos=Positions(index), k_pos=Positions(index))
+
+
+def with_gradients(kernel, qkv, **where):
+    out = kernel(*qkv, **where)
+    up = torch.cos(3 * torch.arange(out.numel(), dtype=torch.float64)).bfloat16()
+    up = up.to(out).view_as(out)  # the same numbers in every dtype
+    return [out.detach(), *torch.autograd.grad(out, qkv, up)]
+
+
+SIZES = [dict(), dict(H=4, K=4, Tq=64, Tk=64), dict(H=4, K=1, Tq=1, Tk=50), dict(Tq=13, Tk=41),
+         dict(B=1, D=5, Tq=16, Tk=17), dict(Tq=1, Tk=1)]
+MASKS = [Causal(), Last(1), Last(7), Last(100), All(), Documents(10)]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("block", [8, 16, 256])
+def test_values_and_gradients_are_those_of_the_formula(sizes, mask, aligned, block):
+    qkv, where = example(**sizes, aligned=aligned)
+    ours = with_gradients(partial(flash_attention, block=block), qkv, **where, mask=mask)
+    right = with_gradients(naive_attention, qkv, **where, mask=mask)
+    assert_close(ours, right, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("T", [64, 300, 513])
+def test_float32_is_within_1e_5(T):
+    qkv, where = example(1, 2, 1, T, T, 64, torch.float32)
+    exact = [y.detach().double().requires_grad_() for y in qkv]
+    ours = with_gradients(flash_attention, qkv, **where, mask=Causal())
+    right = with_gradients(naive_attention, exact, **where, mask=Causal())
+    assert (ours[0] - right[0]).abs().max() < 1e-5
+    for a, b in zip(ours[1:], right[1:]):
+        assert (a - b).abs().max() < 1e-5 * b.abs().max()
+
+
+@pytest.mark.parametrize("block", [3, 4, 64])
+@pytest.mark.parametrize("mask", [Causal(), Last(3)], ids=str)
+def test_padding_gives_zero_and_finite_gradients(block, mask):
+    qkv, _ = example(2, 2, 2, 12, 12)
+    where = padded()
+    ours = with_gradients(partial(flash_attention, block=block), qkv, **where, mask=mask)
+    assert_close(ours[0], naive_attention(*qkv, **where, mask=mask), atol=1e-12, rtol=0)
+    assert ours[0][0, :, :4].eq(0).all() and ours[1][0, :, :4].eq(0).all()
+    assert all(y.isfinite().all() for y in ours)
+    hidden_keys = [y[0, :, :4] for y in ours[2:]]
+    assert all(y.eq(0).all() for y in hidden_keys)
+
+
+@pytest.mark.parametrize("name, broken", [
+    ("shrink", lambda top, total, sums, s, v, kept=None: (
+        t := torch.maximum(top, s.amax(-1, keepdim=True)),
+        total + (s - t).exp().sum(-1, keepdim=True), sums + (s - t).exp() @ v)),
+    ("minus infinity", lambda top, total, sums, s, v, kept=None: (
+        t := torch.maximum(top, s.amax(-1, keepdim=True)),
+        total * (top - t).exp() + (s - t).exp().sum(-1, keepdim=True),
+        sums * (top - t).exp() + (s - t).exp() @ v))])
+def test_a_broken_running_softmax_is_seen(monkeypatch, name, broken):
+    monkeypatch.setattr(flash, "absorb", broken)
+    qkv, _ = example(2, 2, 2, 12, 12)
+    out = flash_attention(*qkv, **padded(), mask=Causal(), block=3)
+    right = naive_attention(*qkv, **padded(), mask=Causal())
+    assert not torch.allclose(out, right, atol=1e-6)
+
+
+def test_the_gradients_of_the_keys_add_up_to_zero_only_with_d():
+    qkv, where = example(K=4)
+    tiles = Tiles(**where, mask=Causal(), block=8)
+    out, lse = flash_forward(*qkv, tiles)
+    up = torch.randn_like(out)
+    sums = [flash_backward(up, *qkv, o, lse, tiles)[1].sum(2).abs().max()
+            for o in (out, torch.zeros_like(out))]
+    assert sums[0] < 1e-12 and sums[1] > 0.1
+
+
+@pytest.mark.parametrize("bias", [None, by_distance])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradcheck(bias, dropout):
+    qkv, where = example(1, 4, 2, 5, 7, 3)
+
+    def call(*qkv):
+        torch.manual_seed(3)
+        return flash_attention(*qkv, **where, mask=Causal(), bias=bias, dropout=dropout, block=3)
+
+    assert gradcheck(call, qkv, fast_mode=bias is None)
+
+
+def test_a_bias_is_added():
+    qkv, where = example()
+    ours, right, without = (
+        with_gradients(kernel, qkv, **where, mask=Causal(), bias=bias) for kernel, bias in (
+            (partial(flash_attention, block=8), by_distance), (naive_attention, by_distance),
+            (naive_attention, None)))
+    assert_close(ours, right, atol=1e-12, rtol=1e-10)
+    assert not torch.allclose(ours[0], without[0], atol=1e-3)
+
+
+# Which blocks ------------------------------------------------------------------------
+@pytest.mark.parametrize("mask", [Causal(), Last(1), Last(8), Last(9), Last(100)], ids=str)
+@pytest.mark.parametrize("Tq, Tk", [(40, 40), (37, 37), (8, 40), (1, 33), (12, 45)])
+def test_blocks_that_are_skipped_hide_all_and_free_ones_nothing(mask, Tq, Tk):
+    _, where = example(Tq=Tq, Tk=Tk)
+    tiles = Tiles(**where, mask=mask, block=8)
+    seen = mask(where["q_pos"].index[0][:, None], where["k_pos"].index[0][None, :])
+    for i in tiles.rows():
+        computed = torch.zeros(Tk, dtype=torch.bool)
+        for j in tile_columns(tiles, i):
+            computed[j] = True
+            if j.stop <= tile_reach(tiles, i)[1].stop:
+                assert seen[i, j].all()
+            else:
+                assert mask != Causal() or not seen[i, j].all()
+            assert seen[i, j].any(), "a block that is hidden wholly was not skipped"
+        assert not seen[i][:, ~computed].any()
+
+
+def test_nothing_is_skipped_without_alignment():
+    for mask, aligned in ((Causal(), False), (All(), True), (Documents(4), True)):
+        _, where = example(aligned=aligned)
+        tiles = Tiles(**where, mask=mask, block=8)
+        assert all(len(tile_columns(tiles, i)) == 5 for i in tiles.rows())
+
+
+@pytest.mark.parametrize("mask, blocks", [(Causal(), 15), (Last(8), 9), (All(), 25)], ids=str)
+def test_the_kernel_computes_no_other_blocks(monkeypatch, mask, blocks):
+    calls, real = [], flash.tile_scores
+    monkeypatch.setattr(flash, "tile_scores", lambda *a: calls.append(a) or real(*a))
+    qkv, where = example(Tq=40, Tk=40)
+    out = flash_attention(*qkv, **where, mask=mask, block=8)
+    assert len(calls) == blocks
+    out.sum().backward()
+    assert len(calls) == 2 * blocks
+
+
+# Memory ------------------------------------------------------------------------------
+class Largest(TorchDispatchMode):
+    """The largest storage that any operation returns."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **kwargs or {})
+        for y in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(y, torch.Tensor):
+                self.bytes = max(self.bytes, y.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("mask", [Causal(), Last(50), All()], ids=str)
+def test_no_tensor_is_square(mask):
+    def largest(kernel):
+        qkv, where = example(1, 4, 2, 512, 512, 16, torch.float32)
+        with Largest() as seen:
+            kernel(*qkv, **where, mask=mask).sum().backward()
+        return seen.bytes
+
+    square = 4 * 4 * 512 * 512
+    assert largest(naive_attention) >= square
+    assert largest(partial(flash_attention, block=64)) <= 4 * 4 * 512 * 16
+
+
+def test_what_is_kept_grows_with_the_tokens():
+    def kept(T):
+        qkv, where = example(1, 2, 2, T, T, 16, torch.float32)
+        found = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda x: found.update({x.data_ptr(): x.numel() * 4}) or x, lambda x: x):
+            out = flash_attention(*qkv, **where, mask=Causal(), block=16)
+        return sum(found.values()), out
+
+    assert kept(64)[0] == 4 * 2 * 64 * (4 * 16 + 1)  # q, k, v, out and one number a row
+    assert kept(128)[0] == 2 * kept(64)[0]
+
+
+# Dropout -----------------------------------------------------------------------------
+def dropped(seed, **how):
+    """The weights after dropout: values are the identity, so they are the output."""
+    (q, k, _), where = example(1, 2, 2, 24, 24)
+    v = torch.eye(24, dtype=q.dtype).expand(1, 2, 24, 24).clone().requires_grad_()
+    torch.manual_seed(seed)
+    call = partial(flash_attention, **where, mask=All(), block=7, **how)
+    return (q, k, v), call, call(q, k, v)
+
+
+def test_dropout_is_the_same_both_ways():
+    (q, k, v), call, out = dropped(0, dropout=0.3)
+    _, _, full = dropped(0)
+    factors = (out / full).detach()
+    assert_close(factors, torch.where(factors > 0.5, 1 / 0.7, 0.0).double())
+    share = factors.eq(0).double().mean().item()
+    assert abs(share - 0.3) < 4 * math.sqrt(0.3 * 0.7 / factors.numel())
+
+    def formula(q, k, v):
+        return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mul(factors) @ v
+
+    up = torch.randn_like(out)
+    ours = torch.autograd.grad(out, (q, k, v), up)
+    right = torch.autograd.grad(formula(q, k, v), (q, k, v), up)
+    assert_close(ours, right, atol=1e-12, rtol=1e-10)
+    other = torch.autograd.grad(formula(q, k, v.flip(2)), (q, k, v), up)  # can fail
+    assert not torch.allclose(ours[0], other[0], atol=1e-6)
+
+
+def test_dropout_follows_the_seed():
+    a, b, c = (dropped(seed, dropout=0.3)[2] for seed in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_blocks_drop_different_weights():
+    _, _, out = dropped(0, dropout=0.5)
+    zeros = out.eq(0)
+    first = zeros[..., :7, :7]
+    assert not any(torch.equal(first, zeros[..., i:i + 7, j:j + 7])
+                   for i, j in ((0, 7), (7, 0), (7, 7), (14, 14)))
+
+
+def test_dropout_under_activation_checkpointing():
+    (q, k, v), call, _ = dropped(0, dropout=0.3)
+    grads = []
+    for wrap in (lambda f, *a: f(*a), partial(checkpoint, use_reentrant=False)):
+        torch.manual_seed(5)
+        grads.append(torch.autograd.grad(wrap(call, q, k, v).square().sum(), (q, k, v)))
+    assert_close(grads[0], grads[1], atol=0, rtol=0)
+
+
+# Numbers of other kinds --------------------------------------------------------------
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_half_precision_keeps_its_dtype_and_sums_in_float32(dtype, tolerance):
+    qkv, where = example(1, 2, 1, 100, 100, 16, dtype)
+    exact = [y.detach().double().requires_grad_() for y in qkv]
+    ours = with_gradients(partial(flash_attention, block=16), qkv, **where, mask=Causal())
+    right = with_gradients(naive_attention, exact, **where, mask=Causal())
+    assert all(y.dtype == dtype for y in ours)
+    for a, b in zip(ours, right):
+        assert (a - b).abs().max() < tolerance * b.abs().max()
+
+
+def test_autocast_does_not_reach_the_sums():
+    qkv, where = example(1, 2, 2, 40, 40, 16, torch.float32)
+    plain = with_gradients(flash_attention, qkv, **where, mask=Causal())
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = with_gradients(flash_attention, qkv, **where, mask=Causal())
+        coarse = naive_attention(*qkv, **where, mask=Causal())
+    assert_close(cast, plain, atol=0, rtol=0)
+    assert not torch.allclose(coarse.float(), plain[0], atol=1e-5)
+
+
+def test_large_scores_do_not_overflow():
+    qkv, where = example(dtype=torch.float32)
+    qkv = [(100 * y).detach() for y in qkv[:2]] + [qkv[2].detach()]
+    out = flash_attention(*qkv, **where, mask=Causal(), block=8)
+    assert_close(out, naive_attention(*qkv, **where, mask=Causal()), atol=1e-4, rtol=1e-4)
+
+
+# In a model --------------------------------------------------------------------------
+def models(**kwargs):
+    config = GPTConfig(40, 64, 32, 2, 4, n_kv_heads=2, **kwargs)
+    for kernel in (sdpa, partial(flash_attention, block=5)):
+        set_seed(0)
+        yield GPTModel(config, attention=partial(MultiHeadAttention, kernel=kernel))
+
+
+def test_a_model_with_it_trains_and_decodes_like_the_other():
+    ids = torch.randint(40, (2, 23))
+    losses, gradients, logits = [], [], []
+    for model in models():
+        loss = LossModel(model)(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        losses.append(loss)
+        gradients.append(model.blocks[0].attn.W_key.weight.grad)
+        with torch.no_grad():
+            cache = KVCache(model.eval())
+            logits.append(torch.cat([model(ids[:, a:b], cache=cache) for a, b in
+                                     ((0, 9), (9, 10), (10, 23))], 1))
+            assert_close(logits[-1], model(ids), atol=1e-5, rtol=1e-4)
+    assert_close(losses[0], losses[1], atol=1e-6, rtol=0)
+    assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)
+    assert_close(logits[0], logits[1], atol=1e-5, rtol=1e-4)
+
+
+# Refusals ----------------------------------------------------------------------------
+class Learned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, q_pos, k_pos):
+        return -self.scale * (q_pos - k_pos)
+
+
+def test_a_learned_bias_is_refused_where_it_would_lose_its_gradient():
+    qkv, where = example()
+    with pytest.raises(ValueError, match="learned bias"):
+        flash_attention(*qkv, **where, mask=Causal(), bias=Learned())
+    with torch.no_grad():
+        out = flash_attention(*qkv, **where, mask=Causal(), bias=Learned(), block=8)
+        assert_close(out, naive_attention(*qkv, **where, mask=Causal(), bias=Learned()))
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, math.nan])
+def test_a_share_outside_its_range_is_refused(dropout):
+    qkv, where = example()
+    with pytest.raises(ValueError, match="outside"):
+        flash_attention(*qkv, **where, mask=Causal(), dropout=dropout)
+
+
+def test_sizes_that_disagree_are_refused():
+    (q, k, v), where = example()
+    with pytest.raises(ValueError, match="4 query heads cannot share 3"):
+        flash_attention(q, k[:, :1].expand(-1, 3, -1, -1), v, **where, mask=Causal())
+    for name in where:
+        more = {**where, name: Positions(torch.arange(50)[None], True)}
+        with pytest.raises(ValueError, match="50 positions for 37"):
+            flash_attention(q, k, v, **more, mask=Causal())
+
+
+def test_a_second_derivative_is_refused():
+    qkv, where = example()
+    out = flash_attention(*qkv, **where, mask=Causal())
+    grad, = torch.autograd.grad(out.square().sum(), qkv[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+# The kernels of PyTorch --------------------------------------------------------------
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("mask", [Causal(), Last(7), Documents(10)], ids=str)
+@pytest.mark.parametrize("sizes", [dict(), dict(Tq=13, Tk=41), dict(K=4, Tq=1, Tk=9)], ids=str)
+def test_flex_is_the_formula(mask, sizes):
+    qkv, where = example(**sizes, dtype=torch.float32)
+    qkv = [y.detach() for y in qkv]
+    out = flex(*qkv, **where, mask=mask)
+    assert_close(out, naive_attention(*qkv, **where, mask=mask), atol=1e-5, rtol=1e-5)
+    other = naive_attention(*qkv, **where, mask=Last(1))
+    assert sizes.get("Tq") == 1 and mask != Causal() or not torch.allclose(out, other, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_hides_padding():
+    qkv, _ = example(2, 2, 2, 12, 12, dtype=torch.float32)
+    qkv = [y.detach() for y in qkv]
+    out = flex(*qkv, **padded(), mask=Causal())
+    assert_close(out, naive_attention(*qkv, **padded(), mask=Causal()), atol=1e-5, rtol=1e-5)
+    assert out[0, :, :4].eq(0).all()
+
+
+@pytest.mark.parametrize("more", [dict(bias=by_distance), dict(dropout=0.1)], ids=str)
+def test_flex_refuses_what_it_cannot_do(more):
+    qkv, where = example()
+    with pytest.raises(ValueError, match="flex takes a mask"):
+        flex(*qkv, **where, mask=Causal(), **more)
+
+
+def test_sdpa_backend_tells_the_kernels_apart():
+    qkv, where = example(dtype=torch.float32)
+    call = partial(sdpa, *(y.detach() for y in qkv), **where, mask=Causal())
+    assert sdpa_backend(call) == "flash"
+    with sdpa_kernel(SDPBackend.MATH):
+        assert sdpa_backend(call) == "math"
+    assert sdpa_backend(partial(call, dropout=0.1)) == "math"
+
+
+# Triton ------------------------------------------------------------------------------
+@pytest.mark.parametrize("more, match", [
+    (dict(mask=Last(7)), "triangle"), (dict(bias=by_distance), "triangle"),
+    (dict(dropout=0.1), "triangle"), (dict(q_pos=Positions(torch.arange(37)[None])), "triangle")])
+def test_triton_attention_refuses_what_it_does_not_know(more, match):
+    qkv, where = example(dtype=torch.float32)
+    with pytest.raises(ValueError, match=match):
+        triton_attention(*qkv, **{**where, "mask": Causal(), **more})
+
+
+@pytest.mark.parametrize("sizes", [dict(dtype=torch.float64), dict(D=129)], ids=str)
+def test_triton_attention_refuses_other_heads(sizes):
+    qkv, where = example(**{"dtype": torch.float32, **sizes})
+    with pytest.raises(ValueError, match="heads of up to 128"):
+        triton_attention(*qkv, **where, mask=Causal())
+
+
+def in_a_process(code, **env):
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env={**os.environ, **env},
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+INTERPRETED = """
+import sys, torch
+before = "triton" in sys.modules
+from gptbook.core import Causal, Positions, naive_attention
+from gptbook.flash import triton_attention, triton_forward
+assert before or "triton" not in sys.modules, "the module loads Triton before it is asked for"
+torch.set_num_threads(1)
+torch.manual_seed(0)
+for H, K, Tq, Tk, D, dtype, tolerance in [
+        (2, 2, 70, 70, 16, torch.float32, 1e-5), (4, 2, 33, 70, 24, torch.float32, 1e-5),
+        (2, 1, 1, 40, 64, torch.float32, 1e-5), (2, 1, 140, 140, 32, torch.float16, 4e-3)]:
+    q, k, v = (torch.randn(2, n, T, D, dtype=dtype, requires_grad=True)
+               for n, T in ((H, Tq), (K, Tk), (K, Tk)))
+    where = dict(q_pos=Positions(torch.arange(Tk - Tq, Tk)[None], True),
+                 k_pos=Positions(torch.arange(Tk)[None], True), mask=Causal())
+    exact = [y.detach().double().requires_grad_() for y in (q, k, v)]
+    out, right = triton_attention(q, k, v, **where), naive_attention(*exact, **where)
+    up = torch.randn_like(out)
+    grads = torch.autograd.grad(out, (q, k, v), up)
+    wanted = torch.autograd.grad(right, exact, up.double())
+    assert (out - right).abs().max() < tolerance, (H, Tq, (out - right).abs().max())
+    for a, b in zip(grads, wanted):
+        assert (a - b).abs().max() < tolerance * b.abs().max(), (H, Tq)
+    full, lse = triton_forward(q, k, v, causal=False)
+    kv = [y.repeat_interleave(H // K, 1) for y in exact[1:]]
+    scores = exact[0] @ kv[0].mT / D**0.5
+    assert (full - scores.softmax(-1) @ kv[1]).abs().max() < tolerance
+    assert (lse - scores.logsumexp(-1, keepdim=True)).abs().max() < 10 * tolerance
+    assert (full - right).abs().max() > 10 * tolerance or Tq == 1  # and it can fail
+"""
+
+COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from gptbook.flash import triton_kernel
+kernel = triton_kernel()
+types = ["*bf16"] * 4 + ["*fp32"] + ["i32"] * 4 + ["fp32"] + ["constexpr"] * 5
+fixed = dict(DIM=48, WIDTH=64, ROWS=128, COLUMNS=64, CAUSAL=True)
+made = triton.compile(
+    ASTSource(fn=kernel, signature=dict(zip(kernel.arg_names, types)), constexprs=fixed),
+    target=GPUTarget("cuda", 90, 32))
+assert "wgmma" in made.asm["ptx"] or "mma.sync" in made.asm["ptx"]
+"""
+
+
+def test_triton_kernel_in_the_interpreter():
+    pytest.importorskip("triton")
+    in_a_process(INTERPRETED, TRITON_INTERPRET="1")
+
+
+def test_triton_kernel_compiles_for_tensor_cores(tmp_path):
+    pytest.importorskip("triton")
+    in_a_process(COMPILED, TRITON_CACHE_DIR=str(tmp_path))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype, tolerance", [
+    (torch.float32, 1e-5), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("H, K, Tq, Tk, D", [
+    (4, 4, 128, 128, 64), (4, 2, 97, 97, 16), (2, 1, 33, 161, 80), (2, 2, 1, 50, 128)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_triton_kernel_on_a_gpu(dtype, tolerance, H, K, Tq, Tk, D, causal):
+    qkv, where = example(2, H, K, Tq, Tk, D, torch.float32)
+    qkv = [y.detach().to("cuda", dtype).requires_grad_() for y in qkv]
+    where = {name: y._replace(index=y.index.cuda()) for name, y in where.items()}
+    mask = Causal() if causal else All()
+    exact = [y.detach().double().requires_grad_() for y in qkv]
+    ours = with_gradients(lambda *qkv, **where: FlashAttention.apply(
+        *qkv, Tiles(**where), lambda q, k, v, tiles: triton_forward(q, k, v, causal)),
+        qkv, **where, mask=mask)
+    right = with_gradients(naive_attention, exact, **where, mask=mask)
+    for a, b in zip(ours, right):
+        assert (a - b).abs().max() < tolerance * max(1, b.abs().max())
