@@ -130,7 +130,8 @@ def update(
     precision.unscale(run.optimizer)
     limit, rate = run.config.clip_norm or math.inf, run.learning_rate
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), limit)
-    row = dict(loss=float(loss), auxiliary_loss=float(auxiliary), gradient_norm=norm.item())
+    row = dict(loss=float(loss), auxiliary_loss=float(auxiliary),
+               gradient_norm=norm.item())
     finite = {name: number for name, number in row.items() if math.isfinite(number)}
     good = finite == row
     if good:
