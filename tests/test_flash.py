@@ -1,11 +1,13 @@
 """Blocked attention against the formula: values, gradients, skipped blocks, memory, dropout."""
 
+import ast
 import math
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -453,11 +455,9 @@ def in_a_process(code, **env):
 
 
 INTERPRETED = """
-import sys, torch
-before = "triton" in sys.modules
+import torch
 from gptbook.core import Causal, Positions, naive_attention
 from gptbook.flash import triton_attention, triton_forward
-assert before or "triton" not in sys.modules, "the module loads Triton before it is asked for"
 torch.set_num_threads(1)
 torch.manual_seed(0)
 for H, K, Tq, Tk, D, dtype, tolerance in [
@@ -496,6 +496,16 @@ made = triton.compile(
     target=GPUTarget("cuda", 90, 32))
 assert "wgmma" in made.asm["ptx"] or "mma.sync" in made.asm["ptx"]
 """
+
+
+def test_triton_is_imported_by_one_function_only():
+    tree = ast.parse(Path(flash.__file__).read_text())
+    imports = {node.name: ast.unparse(node) for node in tree.body
+               if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+               and "import triton" in ast.unparse(node)}
+    outside = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert list(imports) == ["triton_kernel"]
+    assert not any("triton" in ast.unparse(node) for node in outside)
 
 
 def test_triton_kernel_in_the_interpreter():
