@@ -15,7 +15,7 @@ from .core import GPTConfig, Positions
 
 # %% ../nbs/03_architecture.ipynb #arcc0006
 class NoPositions(nn.Module):
-    """Adds nothing: positions come in elsewhere, by a rotation or a bias, or not at all."""
+    """Adds nothing: positions come in by a rotation, a bias, or not at all."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -49,7 +49,7 @@ class Rotary(nn.Module):
         config: GPTConfig,
         base: float = 10_000.0,
         scaling=None,  # frequencies (D / 2,) -> (frequencies, factor of the output)
-        interleaved: bool = False,  # pairs (0, 1), (2, 3), … not (0, D/2), (1, D/2 + 1), …
+        interleaved: bool = False,  # pairs (0, 1), (2, 3), … and not (0, D/2), …
     ):
         super().__init__()
         self.frequencies, self.factor = rope_frequencies(config.head_dim, base), 1.0
@@ -84,7 +84,7 @@ def interleaved_to_half(
     weight: Tensor,  # (heads * D, C) of W_query or W_key, or a bias (heads * D,)
     head_dim: int,   # D
 ) -> Tensor:
-    """Reorder the rows of each head so that half-split rotation does what the other did."""
+    """Sort the rows of each head, so that half-split rotation does what the other did."""
     rows = weight.unflatten(0, (-1, head_dim // 2, 2))  # (heads, pair, which of it)
     return rows.transpose(1, 2).flatten(0, 2)
 
