@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['LLAMA_WORDS', 'WORDS', 'SIZES', 'FIXED', 'WEIGHTS', 'INDEX', 'HUB_FILES', 'ARCHITECTURES', 'their_name', 'to_layout',
            'from_layout', 'config_from', 'gpt2_config', 'llama_config', 'family_options', 'rope_settings',
-           'read_config', 'map_tensors', 'find_shards', 'read_shards', 'no_weights', 'fit_names', 'build_pretrained',
-           'load_pretrained', 'find_folder', 'family_of', 'to_config', 'to_llama_config', 'export_transformers',
-           'as_json']
+           'read_config', 'map_tensors', 'find_shards', 'read_shards', 'no_weights', 'fit_names', 'check_embedding',
+           'empty_model', 'fill_model', 'build_pretrained', 'load_pretrained', 'find_folder', 'family_of', 'to_config',
+           'to_llama_config', 'export_transformers', 'as_json']
 
 # %% ../nbs/03d_pretrained.ipynb #prec0003
 import inspect
 import json
 import mmap
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -285,25 +286,49 @@ def fit_names(
     return held
 
 # %% ../nbs/03d_pretrained.ipynb #prec0040
+def check_embedding(shapes: list, config: GPTConfig) -> None:
+    """Raise `ValueError` unless the sizes that cost memory are those of the file."""
+    wanted = [config.vocab_size, config.emb_dim]
+    require(shapes == [wanted], f"its embedding is {shapes}, its config asks {wanted}")
+
+
+def empty_model(
+    config: GPTConfig,
+    n_tensors: int,  # in the files; a config that asks for far more parts is refused
+    device=None,     # "meta": shapes without memory
+) -> GPTModel:
+    """A model whose weights have not been filled in."""
+    with torch.device(device or "cpu"):
+        return _build(_meta(asdict(config)), {}, 3 * n_tensors)
+
+
+def fill_model(
+    model: GPTModel,  # changed in place
+    fetch: Callable,  # our name -> the tensor
+    device=None,
+) -> GPTModel:        # in eval mode
+    """Give a model its weights, one after the other."""
+    for name, old in tqdm(_weights(model)[0].items(), "weights", delay=2):
+        old.data = fetch(name)
+    model.tie()
+    return model.to(device).eval()
+
+# %% ../nbs/03d_pretrained.ipynb #prec0041
 def build_pretrained(
     folder: Path,
     family: str,
     config: GPTConfig,
     tensors: dict,  # their name -> tensor
     places: dict,   # their name -> its file
-    *,
     device=None,
     dtype: torch.dtype | None = torch.float32,  # None: as stored
 ) -> GPTModel:
     """Check names and shapes on an empty model, then fill one, tensor by tensor."""
     head, table = (their_name(family, f"{name}.weight") for name in ("head", "tok_emb"))
     with _refusing(folder / "config.json", "Its config.json belongs to other weights"):
-        rows = [t.shape for n, t in tensors.items() if table.endswith(n)]
-        require(rows == [(config.vocab_size, config.emb_dim)], f"its embedding is "
-                f"{[*map(list, rows)]}, not {[config.vocab_size, config.emb_dim]}")
-        meta, count = _meta(asdict(config)), len(tensors)
-        with torch.device("meta"):  # shapes without memory
-            blueprint = _build(meta, {}, 3 * count)
+        check_embedding([[*t.shape] for n, t in tensors.items() if table.endswith(n)],
+                        config)
+        blueprint = empty_model(config, len(tensors), "meta")
     expected = to_layout(family, _weights(blueprint)[0])
     if config.tied and head in tensors:
         expected[head] = expected[table]
@@ -312,16 +337,16 @@ def build_pretrained(
         with _refusing(places[head], "Set tie_word_embeddings to false in config.json"):
             require(torch.equal(tensors[head], tensors[held[table]]),
                     f"{head!r} is not the embedding, to which config.json ties it")
-    model = _build(meta, {}, 3 * count)
-    for name, old in tqdm(_weights(model)[0].items(), "weights", delay=2):
+
+    def fetch(name):
         stored = held[their_name(family, name)]
         with _refusing(places[stored], "Use another copy of these weights"):
             _check_finite({stored: tensors[stored]})
         new = from_layout(family, name, tensors[stored])
-        kind = dtype or new.dtype
-        old.data = new.to(device, kind, copy=True, memory_format=torch.contiguous_format)
-    model.tie()
-    return model.to(device).eval()
+        return new.to(device, dtype or new.dtype, copy=True,
+                      memory_format=torch.contiguous_format)
+
+    return fill_model(empty_model(config, len(tensors)), fetch, device)
 
 # %% ../nbs/03d_pretrained.ipynb #prec0043
 def load_pretrained(
@@ -343,8 +368,7 @@ def load_pretrained(
         cause = f"it has {words.n_vocab} tokens, the model {config.vocab_size}"
         raise CheckpointError(folder / "tokenizer.json", cause, "Pass tokenizer=False")
     tensors, places = read_shards(folder)
-    model = build_pretrained(folder, family, config, tensors, places,
-                             device=device, dtype=dtype)
+    model = build_pretrained(folder, family, config, tensors, places, device, dtype)
     return Checkpoint(folder, model, words, dict(family=family, source=str(name_or_path)))
 
 # %% ../nbs/03d_pretrained.ipynb #prec0044
