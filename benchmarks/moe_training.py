@@ -32,7 +32,7 @@ from gptbook.stories import stories, story, subjects
 from gptbook.tokenizer import train_bpe
 from gptbook.training import evaluate_loss, train
 
-WIDTH, LAYERS, HEADS, LENGTH, ROWS, VOCAB = 96, 3, 4, 128, 16, 1024
+WIDTH, LAYERS, HEADS, LENGTH, ROWS, VOCAB = 64, 3, 4, 128, 16, 1024
 UNSEEN = 977                       # a seed that no run trains on
 N_EXPERTS = 8
 KIND_OF_SLOT = {**dict.fromkeys("ABC", "name"), **dict.fromkeys("TUV", "thing"),
@@ -174,9 +174,9 @@ def gather(found: list, args) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--stories", type=int, default=8000)
+    parser.add_argument("--stories", type=int, default=9000)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="few steps, writes nothing")
     args = parser.parse_args()
