@@ -84,7 +84,7 @@ def interleaved_to_half(
     weight: Tensor,  # (heads * D, C) of W_query or W_key, or a bias (heads * D,)
     head_dim: int,   # D
 ) -> Tensor:
-    """Sort the rows of each head, so that half-split rotation does what the other did."""
+    """Sort the rows of each head for half-split rotation, which then does the same."""
     rows = weight.unflatten(0, (-1, head_dim // 2, 2))  # (heads, pair, which of it)
     return rows.transpose(1, 2).flatten(0, 2)
 
