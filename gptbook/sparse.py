@@ -10,6 +10,8 @@ __all__ = ['Pattern', 'check_counts', 'SlidingWindow', 'Strided', 'Global', 'scr
 # %% ../nbs/03b_sparse_attention.ipynb #spc00003
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
+from operator import and_, or_
 
 import torch
 from torch import Tensor
@@ -126,7 +128,7 @@ class RandomBlocks(Pattern):
         return [scramble(start + i) % earlier for i in range(self.draws)]
 
     def __call__(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        own, other = q_pos // self.block, k_pos // self.block
+        own, other = q_pos.long() // self.block, k_pos.long() // self.block
         seen = own == other
         for drawn in self.drawn(own):
             seen = seen | (drawn == other)
@@ -159,7 +161,7 @@ class Union(Pattern):
     parts: tuple  # masks
 
     def __call__(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        return torch.stack([mask(q_pos, k_pos) for mask in self.parts]).any(0)
+        return reduce(or_, (mask(q_pos, k_pos) for mask in self.parts))
 
     @property
     def window(self) -> int | None:
@@ -181,7 +183,7 @@ class Intersection(Pattern):
     parts: tuple  # masks
 
     def __call__(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        return torch.stack([mask(q_pos, k_pos) for mask in self.parts]).all(0)
+        return reduce(and_, (mask(q_pos, k_pos) for mask in self.parts))
 
     @property
     def window(self) -> int | None:

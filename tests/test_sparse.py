@@ -124,6 +124,18 @@ def test_bad_sizes(make):
         make()
 
 
+def test_parts_may_be_any_masks():
+    mask = SlidingWindow(3) | (lambda q, k: k < 2)
+    assert square(mask)[20].nonzero().flatten().tolist() == [0, 1, 18, 19, 20]
+    assert square(SlidingWindow(3) & (lambda q, k: q // 8 == k // 8))[8].sum() == 1
+
+
+def test_random_blocks_with_short_integers():
+    index = torch.arange(N, dtype=torch.int32)
+    mask = RandomBlocks(2, 4, 9)
+    assert torch.equal(mask(index[:, None], index), square(mask))
+
+
 def test_merged_and_rounded():
     assert merged([range(5, 9), range(0, 3), range(2, 4), range(9, 11)]) == [
         slice(0, 4), slice(5, 11)]
