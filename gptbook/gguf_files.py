@@ -37,8 +37,8 @@ class Cursor:
 
     def take(self, n: int) -> memoryview:
         """The next n bytes."""
-        require(0 <= n <= len(self.data) - self.at, f"it ends at byte {len(self.data)}, "
-                                                    f"within a value of {n} bytes")
+        require(n <= len(self.data) - self.at,
+                f"it ends at byte {len(self.data)}, within a value of {n} bytes")
         self.at += n
         return self.data[self.at - n : self.at]
 
@@ -84,7 +84,7 @@ KINDS = {  # number -> (name, values a block, bytes a block)
 def read_gguf(
     path,
 ) -> tuple[dict, dict]:  # the metadata, and {name: Packed}
-    """What a GGUF file holds. Raises `CheckpointError` if it is damaged or no such file."""
+    """What a GGUF file holds. Raises `CheckpointError` if it is damaged or none."""
     with _opened(Path(path)) as (file, size):
         data = bytearray(size)
         require(file.readinto(data) == size, "its size changed while it was read")
@@ -129,7 +129,7 @@ def locate(name: str, shape, kind: int, offset: int, start: int, data) -> Packed
 def dequantize(
     packed: Packed,
 ) -> Tensor:  # float32
-    """The numbers for which blocks of small integers stand: scale times q plus offset."""
+    """The numbers for which blocks of small integers stand: step times q plus m."""
     name, values, size = KINDS[packed.kind]
     plain = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16).get(name)
     if plain:
@@ -150,7 +150,7 @@ def dequantize(
         q += floats[:, 1:]
     return q.view(packed.shape)
 
-# %% ../nbs/03da_gguf.ipynb #gguc0020
+# %% ../nbs/03da_gguf.ipynb #gguc0021
 GGUF_WORDS = dict(  # our word -> theirs; an empty one is left out
     tok_emb="token_embd", blocks="blk", norm="output_norm", head="output", attn="",
     mlp="", norm1="attn_norm", norm2="ffn_norm", W_query="attn_q", W_key="attn_k",
@@ -163,7 +163,7 @@ def gguf_name(name: str) -> str:
     words = (GGUF_WORDS.get(word, word) for word in name.split("."))
     return ".".join(word for word in words if word)
 
-
+# %% ../nbs/03da_gguf.ipynb #gguc0020
 def gguf_config(
     values: dict,  # the metadata of a file
     tied: bool,
