@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['NO_MEMORY', 'SEED', 'CORPORA', 'DATA_OPTIONS', 'WHOLE', 'ABOVE_ZERO', 'TRAIN_OPTIONS', 'FREE', 'explain', 'Command',
-           'Failure', 'commands', 'main', 'Number', 'Whole', 'Name', 'demo_path', 'load_checkpoint', 'start_ids',
-           'generate_command', 'write_texts', 'print_one', 'print_all', 'open_corpus', 'with_options', 'corpus_command',
-           'measure_corpus', 'measure_story', 'check_file', 'check_folder', 'learn_tokenizer', 'read_text',
-           'memory_needed', 'Job', 'prepare', 'decide', 'count_steps', 'plan', 'tell_time', 'schedule_for', 'sockets',
-           'run_job', 'write_sample', 'read_run', 'locate', 'train_command', 'begin', 'export_command', 'check_target']
+           'Failure', 'commands', 'main', 'Number', 'Whole', 'Name', 'demo_path', 'is_foreign', 'load_foreign',
+           'load_checkpoint', 'start_ids', 'generate_command', 'write_texts', 'print_one', 'print_all', 'open_corpus',
+           'with_options', 'corpus_command', 'measure_corpus', 'measure_story', 'check_file', 'check_folder',
+           'learn_tokenizer', 'read_text', 'memory_needed', 'Job', 'prepare', 'decide', 'count_steps', 'plan',
+           'tell_time', 'schedule_for', 'sockets', 'run_job', 'write_sample', 'read_run', 'locate', 'train_command',
+           'begin', 'export_command', 'write_format', 'check_target']
 
 # %% ../nbs/11_command_line.ipynb #3af09f7c
 import hashlib
@@ -152,6 +153,28 @@ def demo_path() -> Path:
     return Path(str(files("gptbook"))) / "models" / "stories.safetensors"
 
 
+def is_foreign(path: str | None) -> bool:
+    """Whether it is a folder in transformers' layout, a GGUF file or the name smollm2."""
+    if path is None or "\0" in path:
+        return False
+    folder = Path(path, "config.json")
+    return path == "smollm2" or path.endswith(".gguf") or os.path.isfile(folder)
+
+
+def load_foreign(path: str, device=None, **options):  # a Checkpoint
+    """Load a model that another program has written."""
+    from gptbook.gguf_files import load_gguf, load_smollm2
+    from gptbook.pretrained import load_pretrained
+
+    if path == "smollm2":
+        found = load_smollm2(device, **options)
+    else:
+        load = load_gguf if path.endswith(".gguf") else load_pretrained
+        found = load(path, device, **options)
+    found.info["documents"] = False  # as there: nothing stands before a prompt
+    return found
+
+
 def load_checkpoint(
     path: str | None,  # a file or a folder; None: the demo
     device,            # a torch.device
@@ -160,7 +183,10 @@ def load_checkpoint(
     from gptbook.checkpoints import CheckpointError, load_model
 
     with redirect_stdout(sys.stderr):
-        checkpoint = load_model(demo_path() if path is None else path, device)
+        if is_foreign(path):
+            checkpoint = load_foreign(path, device)
+        else:
+            checkpoint = load_model(demo_path() if path is None else path, device)
     if checkpoint.tokenizer is None:
         raise CheckpointError(checkpoint.path, "it holds no tokenizer",
                               "Save it again with save_model(path, model, tokenizer)")
@@ -774,11 +800,12 @@ def begin(settings: dict, saved: dict | None) -> int:  # exit code
 # %% ../nbs/11_command_line.ipynb #d55003b6
 @commands.command("export", cls=Command)
 @click.option("--checkpoint", type=Name(), metavar="FILE", required=True,
-              help="A .safetensors or .pt file, or the folder of a run.")
-@click.option("--to", type=click.Choice(["pt", "safetensors"]), required=True,
-              help="The format to write.")
+              help="A .safetensors, .pt or .gguf file, or a folder: of a run, or in "
+                   "transformers' layout.")
+@click.option("--to", type=click.Choice(["pt", "safetensors", "transformers"]),
+              required=True, help="The format to write; transformers' is a folder.")
 @click.option("--out", type=Name(), metavar="FILE",
-              help="The file to write.  [default: the same name with the new ending]")
+              help="What to write.  [default: the same name with the new ending]")
 @click.option("--force", is_flag=True, help="Replace a file that is there.")
 def export_command(checkpoint, to, out, force):
     """Write a checkpoint in another format, for other programs.
@@ -786,19 +813,41 @@ def export_command(checkpoint, to, out, force):
     \b
     gptbook export --checkpoint checkpoints/best_model.safetensors --to pt
     gptbook export --checkpoint model.pt --to safetensors --out models/mine.safetensors
+    gptbook export --checkpoint runs/mine --to transformers --out for_transformers
     """
-    from gptbook.checkpoints import export_pt, find_checkpoint, load_model, save_model
+    from gptbook.checkpoints import find_checkpoint
 
     with redirect_stdout(sys.stderr):
-        source = find_checkpoint(checkpoint)
-    target = Path(out) if out else source.with_suffix(f".{to}")
-    check_target(source, target, to, force)
-    if to == "pt":
-        export_pt(source, target)
-    else:
-        loaded = load_model(source, dtype=None)
+        foreign = is_foreign(checkpoint)
+        source = Path(checkpoint) if foreign else find_checkpoint(checkpoint)
+    ending = ".for_transformers" if to == "transformers" else f".{to}"
+    target = Path(out) if out else source.with_suffix(ending)
+    if to != "transformers":
+        check_target(source, target, to, force)
+    elif force:
+        raise ValueError("--force replaces files, not folders: remove the folder first")
+    write_format(source, target, to, foreign)
+    files = [target] if target.is_file() else target.iterdir()
+    click.echo(f"{target}: {sum(file.stat().st_size for file in files):,} bytes")
+
+
+def write_format(source: Path, target: Path, to: str, foreign: bool) -> None:
+    """Read one format and write another, both in the dtype that the file has."""
+    from gptbook.checkpoints import export_pt, load_model, save_model
+    from gptbook.pretrained import export_transformers
+
+    if to == "pt" and not foreign:
+        return export_pt(source, target)
+    half = {} if source.suffix == ".gguf" or str(source) == "smollm2" else {"dtype": None}
+    loaded = (load_foreign(str(source), **half) if foreign
+              else load_model(source, dtype=None))
+    if to == "transformers":
+        export_transformers(loaded.model, target, loaded.tokenizer)
+    elif to == "safetensors":
         save_model(target, loaded.model, loaded.tokenizer, **loaded.info)
-    click.echo(f"{target}: {target.stat().st_size:,} bytes")
+    else:
+        raise ValueError("--to pt takes a checkpoint of this book: first write "
+                         "--to safetensors, then that one --to pt")
 
 
 def check_target(source: Path, target: Path, ending: str, force: bool) -> None:

@@ -142,6 +142,12 @@ BAD = {
         "--checkpoint best_model.safetensors --to safetensors",
         "--checkpoint best_model.safetensors --to safetensors --force",
         "--checkpoint best_model.pt --to safetensors",
+        *(f"--checkpoint {x} --to transformers --out new" for x in BAD_CHECKPOINTS),
+        *(f"--checkpoint best_model.safetensors --to transformers --out {x}" for x in
+          ["there.pt", "run", "good.txt/new", "/dev/null/new", "/proc/none/new", "x" * 300,
+           "'\0'", *NAMES]),
+        "--checkpoint best_model.safetensors --to transformers --out new --force",
+        "--checkpoint missing.gguf --to safetensors --out new.safetensors",
     ],
     "corpus": [
         *(f"--data {x}" for x in BAD_DATA),
@@ -598,6 +604,28 @@ def test_export_there_and_back(here, tmp_path, capsys):
     assert "--force" in capsys.readouterr().err
     assert run(f"--checkpoint best_model.safetensors --to pt --out {pt} --force") == 0
     assert capsys.readouterr().out.startswith(f"{pt}: ")
+
+
+def test_export_to_transformers_and_back(here, tmp_path, capsys):
+    def run(line):
+        return main(["export", *shlex.split(line)])
+
+    folder, back = tmp_path / "folder", tmp_path / "back.safetensors"
+    assert run(f"--checkpoint best_model.safetensors --to transformers --out {folder}") == 0
+    assert "bytes" in capsys.readouterr().out and (folder / "config.json").is_file()
+    original = load_model("best_model.safetensors")
+    written = generate(capsys, "--checkpoint best_model.safetensors --length 9 --temperature 0 "
+                       "--prompt 'The cat'")[0]
+    assert generate(capsys, f"--checkpoint {folder} --length 9 --temperature 0 "
+                    "--prompt 'The cat'")[0] == written
+    assert run(f"--checkpoint {folder} --to safetensors --out {back}") == 0
+    again = load_model(back)
+    assert same(original.model.state_dict(), again.model.state_dict())
+    text = "The cat sat on the mat."
+    assert again.tokenizer.encode(text) == original.tokenizer.encode(text)
+    capsys.readouterr()
+    assert run(f"--checkpoint {folder} --to pt --out {tmp_path / 'x.pt'}") == 2
+    assert "safetensors" in capsys.readouterr().err
 
 
 def test_export_keeps_bfloat16(here, tmp_path):
