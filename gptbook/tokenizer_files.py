@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_ranks', 'merge_of', 'check_merges', 'PartialTokenizer', 'encode_known', 'byte_level', 'pattern_of', 'special_of',
-           'from_tokenizer_json', 'LibraryVocabulary', 'LibraryTokenizer', 'read_tokenizer', 'read_text',
+           'from_tokenizer_json', 'LibraryVocabulary', 'LibraryTokenizer', 'read_tokenizer', 'small_text',
            'choose_tokenizer', 'from_gpt2_files', 'to_tokenizer_json']
 
 # %% ../nbs/03cb_tokenizer_files.ipynb #tkfc0003
@@ -264,7 +264,7 @@ def read_tokenizer(
     path = folder / "tokenizer.json"
     parts = [folder / name for name in ("vocab.json", "merges.txt")]
     if path.exists():
-        text = read_text(path)
+        text = small_text(path)
         with _refusing(path):
             content = json.loads(text, object_pairs_hook=_no_key_twice)
             return choose_tokenizer(content, text, path)
@@ -278,7 +278,7 @@ def read_tokenizer(
 
 # %% ../nbs/03cb_tokenizer_files.ipynb #tkfc0043
 #| code-fold: true
-def read_text(path: Path, limit: int = 100 << 20) -> str:
+def small_text(path: Path, limit: int = 100 << 20) -> str:
     """A text file of a stranger, if it is one and not too large."""
     with _opened(path) as (file, size):
         require(size <= limit, f"it has {size:,} bytes, at most {limit:,} are read")
@@ -301,7 +301,7 @@ def choose_tokenizer(content: dict, text: str, path: Path):
 
 def from_gpt2_files(vocab_path: Path, merges_path: Path) -> Tokenizer:
     """GPT-2's older two files."""
-    text, lines = read_text(vocab_path), read_text(merges_path).split("\n")
+    text, lines = small_text(vocab_path), small_text(merges_path).split("\n")
     with _refusing(vocab_path):
         vocab = json.loads(text, object_pairs_hook=_no_key_twice)
         merges = [line.split(" ") for line in lines if line and line[:9] != "#version:"]
