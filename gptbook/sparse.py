@@ -16,7 +16,7 @@ from operator import and_, or_
 import torch
 from torch import Tensor
 
-from .core import Positions, sdpa, visible
+from .core import Positions, sdpa
 
 # %% ../nbs/03b_sparse_attention.ipynb #spc00013
 class Pattern:
@@ -35,6 +35,8 @@ class Pattern:
 
     def __and__(self, other: Callable) -> "Intersection":
         return Intersection((self, other))
+
+    __ror__, __rand__ = __or__, __and__  # a plain mask may stand on the left
 
 
 def check_counts(**counts: int) -> None:
@@ -101,9 +103,10 @@ class Global(Pattern):
 
 # %% ../nbs/03b_sparse_attention.ipynb #spc00020
 def scramble(x: Tensor | int) -> Tensor | int:
-    """Whole numbers below 2**32 to others that look random; the same on any device."""
+    """Whole numbers, modulo 2**32, to others that look random; the same anywhere."""
+    x = x & 0xFFFFFFFF  # so that no product passes 2**63
     for shift, factor in ((16, 0x7FEB352D), (15, 0x46CA68B1), (16, 0x3C6EF35F)):
-        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF  # no product passes 2**63
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
     return x ^ (x >> 16)
 
 # %% ../nbs/03b_sparse_attention.ipynb #spc00021
@@ -265,7 +268,9 @@ def plan_blocks(
     """Which keys each block of queries has to fetch."""
     stops = [min(start + block, n_tokens) for start in range(0, n_tokens, block)]
     rows = [slice(i * block, stop) for i, stop in enumerate(stops)]
-    keys = (merged(ranges_of(mask, r.start, r.stop - 1)) for r in rows)
+    wide = (ranges_of(mask, r.start, r.stop - 1) for r in rows)
+    keys = (merged([range(max(k.start, 0), min(k.stop, n_tokens)) for k in ranges])
+            for ranges in wide)  # an answer may reach beyond the text
     return [(r, rounded(slices)) for r, slices in zip(rows, keys)]
 
 # %% ../nbs/03b_sparse_attention.ipynb #spc00046
@@ -307,6 +312,7 @@ def blocked_attention(
     block: int = 64,  # queries that are computed at once
 ) -> Tensor:  # (B, H, Tq, D)
     """`naive_attention` that fetches only keys which some query of a block may see."""
+    check_counts(block=block)
     n, rest = q.shape[2], dict(mask=mask, bias=bias, dropout=dropout)
     fits = q_pos.aligned and k_pos.aligned and n == k.shape[2] > block
     if not fits or causal_for(mask, n):

@@ -306,3 +306,34 @@ def test_autocast_and_bfloat16():
     torch.testing.assert_close(out.double(), exact, rtol=3e-2, atol=3e-2)
     out.sum().backward()
     assert all(x.grad.dtype == torch.bfloat16 for x in tensors)
+
+
+@pytest.mark.parametrize("block", [0, -5, 2.5, True, None])
+@pytest.mark.parametrize("n", [3, 40])
+def test_bad_blocks(n, block):
+    tensors, where = inputs(n)
+    with pytest.raises(ValueError, match="block=.* must be a whole number"):
+        blocked_attention(*tensors, mask=SlidingWindow(4), block=block, **where)
+
+
+def test_ranges_may_reach_beyond_the_text():
+    class Wide(SlidingWindow):
+        def ranges(self, first, last):
+            return [range(first - 2 * self.window, 10**9), range(10**8, 10**9)]
+
+    tensors, where = inputs(40)
+    ours, naive = (kernel(*tensors, mask=Wide(5), **where)
+                   for kernel in (partial(blocked_attention, block=8), naive_attention))
+    torch.testing.assert_close(ours, naive, rtol=1e-9, atol=1e-9)
+
+
+def test_a_plain_mask_may_stand_on_the_left():
+    either, both = Causal() | SlidingWindow(3), (lambda q, k: k > 1) & SlidingWindow(3)
+    assert isinstance(either, Union) and square(either).equal(square(Causal()))
+    assert square(both)[2].nonzero().flatten().tolist() == [2] and both.window == 3
+
+
+def test_scramble_of_numbers_that_overflow():
+    x = torch.tensor([2**32 - 1, 2**32, 2**32 + 5, 2**33 - 1])
+    assert scramble(x).equal(scramble(x % 2**32))
+    assert scramble(x).tolist() == [scramble(n) for n in x.tolist()]
