@@ -25,8 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tqdm import tqdm
 
+from gptbook.attention_kernels import sdpa_backend
 from gptbook.core import Causal, Positions, naive_attention, sdpa
-from gptbook.flash import flash_attention, sdpa_backend
+from gptbook.flash import flash_attention
 
 HEADS, DIM = 4, 64
 LENGTHS = [256, 512, 1024, 2048, 4096, 8192]

@@ -4,20 +4,16 @@
 
 # %% auto #0
 __all__ = ['absorb', 'Tiles', 'tile_reach', 'tile_columns', 'tile_scores', 'tile_kept', 'work_dtype', 'take', 'flash_forward',
-           'add_groups', 'flash_backward', 'FlashAttention', 'flash_attention', 'check_flash', 'sdpa_backend', 'flex',
-           'attention_kernel', 'triton_kernel', 'triton_forward', 'triton_attention']
+           'add_groups', 'flash_backward', 'without_autocast', 'FlashAttention', 'flash_attention', 'check_flash']
 
 # %% ../nbs/03a_flash_attention.ipynb #flac0002
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .core import Positions, pairwise_bias, visible
 
@@ -50,6 +46,10 @@ class Tiles:
     dropout: float = 0.0
     seed: int = 0  # of the dropout
     block: int = 256  # rows and columns of a block
+
+    def __post_init__(self):
+        if type(self.block) is not int or self.block < 1:
+            raise ValueError(f"block={self.block!r} must be a whole number >= 1")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -105,7 +105,7 @@ def tile_kept(tiles: Tiles, like: Tensor, i: slice, j: slice) -> Tensor | None:
     if not tiles.dropout:
         return None
     number = tiles.seed + i.start * tiles.size[1] + j.start
-    own = torch.Generator(like.device).manual_seed(number)
+    own = None if like.is_meta else torch.Generator(like.device).manual_seed(number)
     drawn = torch.rand(like.shape, generator=own, device=like.device)
     return (drawn >= tiles.dropout).to(like.dtype) / (1 - tiles.dropout)
 
@@ -162,25 +162,30 @@ def flash_backward(
     dq, dk, dv = (torch.zeros_like(y, dtype=dtype) for y in (q, k, v))
     for i in tiles.rows():
         rows, above, own = (take(y, i, heads, dtype) for y in (q, grad, out))
-        rows, mean = rows * scale, (above * own).sum(-1, keepdim=True)
+        rows, delta = rows * scale, (above * own).sum(-1, keepdim=True)
         for j in tile_columns(tiles, i):
             keys, values = take(k, j, heads, dtype), take(v, j, heads, dtype)
             weights = (tile_scores(tiles, rows, keys, i, j) - lse[:, :, i]).exp()
             up, kept = above @ values.mT, tile_kept(tiles, weights, i, j)
             used, up = (weights, up) if kept is None else (weights * kept, up * kept)
-            down = weights * (up - mean)  # the gradient of the scores
+            down = weights * (up - delta)  # the gradient of the scores
             dq[:, :, i] += down @ keys * scale
             dk[:, :, j] += add_groups(down.mT @ rows, k.shape[1])
             dv[:, :, j] += add_groups(used.mT @ above, v.shape[1])
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 # %% ../nbs/03a_flash_attention.ipynb #flafunct
+def without_autocast(like: Tensor) -> torch.autocast:
+    """Keeps sums in float32; a tensor on the meta device has no autocast of its own."""
+    return torch.autocast("cpu" if like.is_meta else like.device.type, enabled=False)
+
+
 class FlashAttention(torch.autograd.Function):
     """Keeps q, k, v, the output and one number a row for the way back."""
 
     @staticmethod
     def forward(ctx, q, k, v, tiles, compute):
-        with torch.autocast(q.device.type, enabled=False):  # sums stay in float32
+        with without_autocast(q):
             out, lse = compute(q, k, v, tiles)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.tiles = tiles
@@ -189,7 +194,7 @@ class FlashAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad):
             return *flash_backward(grad, *ctx.saved_tensors, ctx.tiles), None, None
 
 # %% ../nbs/03a_flash_attention.ipynb #flakernl
@@ -207,170 +212,31 @@ def flash_attention(
 ) -> Tensor:  # (B, H, Tq, D)
     """`naive_attention` in O(T) memory, forward and backward (Dao et al. 2022).
 
-    Raises `ValueError` for a bias that wants a gradient and for sizes that disagree."""
-    check_flash(q, k, q_pos, k_pos, bias, dropout)
-    seed = int(torch.randint(2**31, ())) if dropout else 0
+    Raises `ValueError` for a bias that wants a gradient, for sizes that disagree and
+    for tensors of integers."""
+    check_flash(q, k, v, q_pos, k_pos, bias, dropout)
+    seed = int(torch.randint(2**31, (), device="cpu")) if dropout else 0
     tiles = Tiles(q_pos, k_pos, mask, bias, dropout, seed, block)
     return FlashAttention.apply(q, k, v, tiles, flash_forward)
 
 # %% ../nbs/03a_flash_attention.ipynb #flacheck
-def check_flash(q, k, q_pos, k_pos, bias, dropout) -> None:
+def check_flash(q, k, v, q_pos, k_pos, bias, dropout) -> None:
     """Raise `ValueError` for what a blocked kernel would get wrong without a word."""
-    if q.shape[1] % k.shape[1]:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if k.shape[:3] != v.shape[:3] or q.shape[::3] != k.shape[::3]:  # [::3] is B and D
+        raise ValueError(f"these do not belong together: {shapes}")
+    if not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads")
-    for y, positions in ((q, q_pos), (k, k_pos)):
-        if positions.index.shape[1] != y.shape[2]:
-            raise ValueError(
-                f"{positions.index.shape[1]} positions for {y.shape[2]} tokens")
+    if not q.is_floating_point():
+        raise ValueError(f"attention over {q.dtype}: floats are wanted")
+    for y, index in ((q, q_pos.index), (k, k_pos.index)):
+        if index.shape[1] != y.shape[2] or index.shape[0] not in (1, len(y)):
+            raise ValueError(f"{index.shape[1]} positions for {y.shape[2]} tokens, "
+                             f"{index.shape[0]} rows of them for {len(y)}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout} is outside [0, 1)")
     if bias is not None and torch.is_grad_enabled():
         pair = Positions(q_pos.index[:, :1]), Positions(k_pos.index[:, :1])
         if pairwise_bias(bias, *pair, q.dtype).requires_grad:
             raise ValueError("a learned bias would get no gradient here: use sdpa")
-
-# %% ../nbs/03a_flash_attention.ipynb #flabackn
-class _Names(TorchDispatchMode):
-    """Writes down the operations that really run."""
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.__dict__.setdefault("found", []).append(op.__name__)
-        return op(*args, **kwargs or {})
-
-
-def sdpa_backend(
-    call: Callable,  # without arguments; runs scaled_dot_product_attention once
-) -> str:  # "flash", "efficient", "cudnn" or "math"
-    """Which kernel `scaled_dot_product_attention` picks for a call."""
-    with _Names() as names:
-        call()
-    kinds = [kind for kind in ("flash", "efficient", "cudnn")
-             if any(f"{kind}_attention" in name for name in names.found)]
-    return kinds[0] if kinds else "math"
-
-# %% ../nbs/03a_flash_attention.ipynb #flaflex1
-def flex(
-    q: Tensor,  # (B, H, Tq, D)
-    k: Tensor,  # (B, K, Tk, D), K divides H
-    v: Tensor,  # (B, K, Tk, D)
-    *,
-    q_pos: Positions,
-    k_pos: Positions,
-    mask: Callable,
-    bias: Callable | None = None,
-    dropout: float = 0.0,
-    call: Callable = flex_attention,  # or torch.compile(flex_attention)
-) -> Tensor:  # (B, H, Tq, D)
-    """`naive_attention` by PyTorch's flex_attention (Dong et al. 2024).
-
-    Raises `ValueError` for a bias or dropout."""
-    if bias is not None or dropout:
-        raise ValueError("flex takes a mask, no bias and no dropout: use sdpa")
-    rows, columns = (y.index.expand(len(q), -1) for y in (q_pos, k_pos))
-
-    def rule(b, h, i, j):
-        return mask(rows[b, i], columns[b, j]) & (columns[b, j] >= 0)
-
-    blocks = create_block_mask(rule, len(q), None, q.shape[2], k.shape[2], q.device)
-    return call(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
-
-# %% ../nbs/03a_flash_attention.ipynb #flatrinm
-tl = None  # triton.language, once a kernel is asked for
-constexpr = "constexpr"  # tl.constexpr then: what is fixed when Triton compiles
-
-# %% ../nbs/03a_flash_attention.ipynb #flatriko
-def attention_kernel(
-    Q, K, V, OUT, LSE, n_queries, n_keys, groups, blocks, scale, DIM: constexpr,
-    WIDTH: constexpr, ROWS: constexpr, COLUMNS: constexpr, CAUSAL: constexpr,
-):
-    """One block of queries of one head, in Triton; its sums are float32."""
-    head = (tl.program_id(0) // blocks).to(tl.int64)
-    rows = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)[:, None]
-    d, old = tl.arange(0, WIDTH)[None, :], n_keys - n_queries
-    there = (rows < n_queries) & (d < DIM)
-    at = (head * n_queries + rows) * DIM + d
-    q = tl.load(Q + at, mask=there, other=0.0)
-    top = tl.full((ROWS, 1), -float("inf"), tl.float32)
-    total, sums = tl.zeros((ROWS, 1), tl.float32), tl.zeros((ROWS, WIDTH), tl.float32)
-    last = n_keys
-    if CAUSAL:  # what comes after the newest query of the block is hidden from it
-        last = tl.minimum(n_keys, tl.program_id(0) % blocks * ROWS + ROWS + old)
-    for start in range(0, last, COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
-        inside = (columns[:, None] < n_keys) & (d < DIM)
-        these = (head // groups * n_keys + columns[:, None]) * DIM + d
-        k = tl.load(K + these, mask=inside, other=0.0)
-        v = tl.load(V + these, mask=inside, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        seen = columns[None, :] < n_keys
-        if CAUSAL:
-            seen = seen & (columns[None, :] <= rows + old)
-        scores = tl.where(seen, scores, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1, keep_dims=True))
-        finite = tl.where(new_top == -float("inf"), 0.0, new_top)
-        weights, shrink = tl.exp(scores - finite), tl.exp(top - finite)
-        total = total * shrink + tl.sum(weights, 1, keep_dims=True)
-        sums = sums * shrink + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        top = new_top
-    lse = tl.where(total == 0, float("inf"), top + tl.log(total))
-    out = sums / tl.where(total == 0, 1.0, total)
-    tl.store(OUT + at, out.to(OUT.dtype.element_ty), mask=there)
-    tl.store(LSE + head * n_queries + rows, lse, mask=rows < n_queries)
-
-# %% ../nbs/03a_flash_attention.ipynb #flatrila
-@cache
-def triton_kernel() -> Callable:
-    """`attention_kernel`, compiled by Triton at its first call."""
-    global tl, constexpr
-    import triton
-    import triton.language as tl
-    constexpr = tl.constexpr
-    return triton.jit(attention_kernel)
-
-
-def triton_forward(
-    q: Tensor,  # (B, H, Tq, D), float16, bfloat16 or float32, D <= 128
-    k: Tensor,  # (B, K, Tk, D)
-    v: Tensor,  # (B, K, Tk, D)
-    causal: bool = True,  # the last query sees up to the last key; else all see all
-) -> tuple[Tensor, Tensor]:  # out and logsumexp, as from `flash_forward`
-    """`flash_forward` as one Triton kernel."""
-    (B, H, Tq, D), (_, K, Tk, _) = q.shape, k.shape
-    q, k, v = (y.contiguous() for y in (q, k, v))
-    out, lse = torch.empty_like(q), q.new_empty(B, H, Tq, 1, dtype=torch.float32)
-    rows, columns = (128, 64) if q.element_size() == 2 else (64, 32)
-    width, blocks = max(16, 1 << (D - 1).bit_length()), -(-Tq // rows)
-    with torch.cuda.device_of(q):
-        triton_kernel()[(B * H * blocks,)](
-            q, k, v, out, lse, Tq, Tk, H // K, blocks, D**-0.5, D, width, rows, columns,
-            causal, num_warps=8 if width > 64 else 4)
-    return out, lse
-
-# %% ../nbs/03a_flash_attention.ipynb #flatriat
-def triton_attention(
-    q: Tensor,  # (B, H, Tq, D), on a GPU
-    k: Tensor,  # (B, K, Tk, D), K divides H
-    v: Tensor,  # (B, K, Tk, D)
-    *,
-    q_pos: Positions,
-    k_pos: Positions,
-    mask: Callable,
-    bias: Callable | None = None,
-    dropout: float = 0.0,
-) -> Tensor:  # (B, H, Tq, D)
-    """`flash_attention` for the plain triangle, its forward pass by Triton.
-
-    Raises `ValueError` for any other mask, unaligned positions, a bias, dropout or
-    sizes that the kernel does not know."""
-    triangle = getattr(mask, "is_causal", lambda n_keys: False)(k.shape[2])
-    if not (q_pos.aligned and k_pos.aligned and triangle) or bias or dropout:
-        raise ValueError("triton_attention knows the causal triangle of aligned "
-                         "positions and nothing else: use flash_attention")
-    known = torch.float16, torch.bfloat16, torch.float32
-    if q.dtype not in known or q.shape[3] > 128:
-        raise ValueError(f"triton_attention knows heads of up to 128 in {known}, not "
-                         f"{q.shape[3]} in {q.dtype}")
-    check_flash(q, k, q_pos, k_pos, bias, dropout)
-    return FlashAttention.apply(q, k, v, Tiles(q_pos, k_pos, mask),
-                                lambda q, k, v, tiles: triton_forward(q, k, v))
