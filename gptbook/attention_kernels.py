@@ -76,7 +76,7 @@ def flex_blocks(
     k_pos: Positions,
     mask: Callable,  # (q_pos, k_pos) -> bool
 ):  # a BlockMask, for `flex_attention`
-    """Which blocks of 128 x 128 pairs a mask hides, and the mask by place in the row."""
+    """Which blocks of 128 x 128 pairs a mask hides, and the mask by place."""
     rows, columns = (y.index.expand(batch_size, -1) for y in (q_pos, k_pos))
 
     def rule(b, h, i, j):
