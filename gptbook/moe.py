@@ -77,7 +77,7 @@ def balance_loss(routing: Routing) -> Tensor:  # 1 if all experts are used alike
     mean = (routing.probabilities * asks).sum(0) / asks.sum().clamp(min=1)
     return n_experts * (share * mean).sum()
 
-# %% ../nbs/03c_mixture_of_experts.ipynb #moe00026
+
 def router_z_loss(routing: Routing) -> Tensor:
     """The mean of logsumexp squared: keeps logits small (Zoph et al. 2022)."""
     asks = routing.chosen[:, 0] < routing.logits.shape[1]
@@ -94,7 +94,8 @@ def within_capacity(
     if factor is None:
         return chosen
     flat = chosen.flatten()
-    capacity = math.ceil(factor * (flat < n_experts).sum().item() / n_experts)
+    share = (flat < n_experts).sum().item() / n_experts
+    capacity = math.ceil(factor * share - 1e-9)  # 1.1 * 50 is 55.000000000000007
     order = flat.argsort(stable=True)
     sizes = flat.bincount(minlength=n_experts + 1)
     place = torch.arange(len(flat), device=flat.device)
@@ -103,17 +104,24 @@ def within_capacity(
     return flat.masked_fill(late, n_experts).view_as(chosen)
 
 # %% ../nbs/03c_mixture_of_experts.ipynb #moe00037
-def check_router(n_experts, top_k, normalise, capacity_factor=None, noise=0.0) -> None:
+def check_router(
+    n_experts, top_k, normalise, capacity_factor=None, **numbers
+) -> None:
     """Raise `ValueError` for numbers that make no router."""
     for name, value in dict(n_experts=n_experts, top_k=top_k).items():
         if type(value) is not int or value < 1:
             raise ValueError(f"{name}={value!r} must be a whole number >= 1")
     if top_k > n_experts:
         raise ValueError(f"top_k={top_k} is more than n_experts={n_experts}")
-    if capacity_factor is not None and not 0 < capacity_factor < math.inf:
-        raise ValueError(f"capacity_factor={capacity_factor!r} must be above 0")
-    if not 0 <= noise < 1:
-        raise ValueError(f"noise={noise!r} is outside [0, 1)")
+    if capacity_factor is not None:
+        numbers["capacity_factor"] = capacity_factor
+    for name, value in numbers.items():
+        if type(value) not in (int, float) or not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value!r} must be a number >= 0")
+    if capacity_factor == 0:
+        raise ValueError("capacity_factor=0 drops every token")
+    if numbers.get("noise", 0) >= 1:
+        raise ValueError(f"noise={numbers['noise']!r} is outside [0, 1)")
     if normalise and top_k == 1:
         raise ValueError("top_k=1 with normalise=True: the one weight is always 1, and "
                          "the router learns nothing from the loss")
@@ -121,6 +129,8 @@ def check_router(n_experts, top_k, normalise, capacity_factor=None, noise=0.0) -
 # %% ../nbs/03c_mixture_of_experts.ipynb #moe00039
 class ExpertLayer(nn.Module):
     """Experts and their router, as at inference. Shapes: (B, T, C) -> (B, T, C)."""
+
+    outside = None  # what compiled graphs call; made when the first is compiled
 
     def __init__(self, config, layer, n_experts, top_k, expert, normalise):
         super().__init__()
@@ -130,19 +140,23 @@ class ExpertLayer(nn.Module):
         self.register_buffer("choice_bias", None)
 
     def route(self, x: Tensor) -> Routing:  # of tokens (N, C)
-        if torch.is_autocast_enabled(x.device.type):  # a choice is no place to round
-            with torch.autocast(x.device.type, enabled=False):
-                logits = self.router(x.float())
-        else:
-            logits = self.router(x)
+        kinds = (p.dtype for p in self.router.parameters() if p.is_floating_point())
+        with torch.autocast(x.device.type, enabled=False):  # a choice is not rounded
+            logits = self.router(x.to(next(kinds, torch.float32)))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return route(logits, self.top_k, self.normalise, self.choice_bias)
 
     def admit(self, routing: Routing) -> Tensor:  # (N, k), who answers whom
         return routing.chosen
 
-    @torch.compiler.disable  # how many tokens go where is the data's affair
     def forward(self, x: Tensor, positions: Positions) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return self.answer(x, positions)
+        if ExpertLayer.outside is None:  # imports the compiler: seconds
+            ExpertLayer.outside = torch.compiler.disable(ExpertLayer.answer)
+        return ExpertLayer.outside(self, x, positions)
+
+    def answer(self, x: Tensor, positions: Positions) -> Tensor:
         tokens = x.flatten(0, 1)
         routing = self.route(tokens)
         if not positions.aligned:  # padding asks nobody
@@ -162,21 +176,20 @@ def train_router(part: nn.Module, routing: Routing) -> Tensor:  # (N, k)
         part.load.copy_(expert_load(routing.chosen, len(part.experts)))
     return within_capacity(routing.chosen, len(part.experts), part.capacity_factor)
 
-# %% ../nbs/03c_mixture_of_experts.ipynb #moe00043
+
 def moved_bias(
     bias: Tensor,  # (E,)
     load: Tensor,  # (E,), tokens of each expert in the last step
     step: float = 0.001,
 ) -> Tensor:
     """Raise who had too few tokens, lower who had too many (Wang et al. 2024)."""
-    return bias + step * (load.mean() - load).sign()
+    return bias + step * (load.float().mean() - load).sign()
 
 # %% ../nbs/03c_mixture_of_experts.ipynb #moe00044
 class MixtureOfExperts(ExpertLayer):
     """A feed-forward of many experts, of which a router picks a few for each token.
 
-    Shapes: (B, T, C) -> (B, T, C). In training a scalar is left in `aux_loss`.
-    Raises `ValueError` for numbers that make no router."""
+    In training a scalar is left in `aux_loss`. Raises `ValueError` for bad numbers."""
 
     def __init__(
         self, config: GPTConfig, layer: int,
@@ -191,13 +204,17 @@ class MixtureOfExperts(ExpertLayer):
         bias_balanced: bool = False,    # balance by a bias of the choice
     ):
         normalise = top_k > 1 if normalise is None else normalise
-        check_router(n_experts, top_k, normalise, capacity_factor, noise)
+        check_router(n_experts, top_k, normalise, capacity_factor,
+                     balance=balance, z_loss=z_loss, noise=noise)
         super().__init__(config, layer, n_experts, top_k, expert, normalise)
         self.capacity_factor, self.noise = capacity_factor, noise
         self.balance, self.z_loss, self.aux_loss = balance, z_loss, None
-        for name in ("choice_bias", "load"):
-            start = torch.zeros(n_experts) if bias_balanced else None
+        for name, kind in (("choice_bias", torch.float32), ("load", torch.int64)):
+            start = torch.zeros(n_experts, dtype=kind) if bias_balanced else None
             self.register_buffer(name, start)
+
+    def __getstate__(self):  # a copy takes no graph along
+        return self.__dict__ | {"aux_loss": None}
 
     def route(self, x: Tensor) -> Routing:
         if self.training and self.choice_bias is not None and self.aux_loss is None:
@@ -207,9 +224,7 @@ class MixtureOfExperts(ExpertLayer):
         return super().route(x)
 
     def admit(self, routing: Routing) -> Tensor:
-        if self.training:
-            return train_router(self, routing)
-        return routing.chosen
+        return train_router(self, routing) if self.training else routing.chosen
 
 # %% ../nbs/03c_mixture_of_experts.ipynb #moe00065
 @torch.no_grad()
@@ -220,7 +235,8 @@ def expert_choices(
     """What each router of a model says of a text, as at inference.
 
     Raises `ValueError` if the model has no router."""
-    said, hooks, mode = {}, [], model.training
+    said, hooks = {}, []
+    modes = {module: module.training for module in model.modules()}
     for name, part in model.named_modules():
         if isinstance(part, ExpertLayer):
             def look(part, inputs, name=name):
@@ -231,7 +247,8 @@ def expert_choices(
     try:
         model.eval()(input_ids)
     finally:
-        model.train(mode)
         for hook in hooks:
             hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
     return said

@@ -1,6 +1,10 @@
 """Experts and routers: against the dense loop and transformers, and what must not change."""
 
 import copy
+import math
+import pickle
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -220,6 +224,12 @@ def test_capacity_equals_a_queue(n, top_k, n_experts, factor):
     assert within_capacity(chosen, n_experts, None) is chosen
 
 
+def test_rounding_gives_no_place_away():
+    assert math.ceil(1.1 * 50) == 56  # as a float has it
+    all_want_one = torch.zeros(250, 1, dtype=torch.long)
+    assert (within_capacity(all_want_one, 5, 1.1) == 0).sum() == 55
+
+
 def test_capacity_is_causal():
     """What a later token wants changes nothing for an earlier one."""
     set_seed(0)
@@ -395,6 +405,21 @@ def test_other_dtypes(dtype, ids):
         torch.float32, torch.float64)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_of_another_dtype_under_autocast(dtype, ids):
+    model = make().to(dtype).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(ids).isfinite().all()
+
+
+def test_the_load_is_counted_to_the_last_token_in_bfloat16():
+    part = MixtureOfExperts(CONFIG, 0, 4, 1, bias_balanced=True).bfloat16().train()
+    nn.init.zeros_(part.router.weight)
+    part.choice_bias[0] = 1.0  # all choose the first
+    part(torch.randn(1, 1031, 24).bfloat16(), Positions(torch.arange(1031)[None], True))
+    assert part.load.tolist() == [1031, 0, 0, 0]
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_compiled_equals_plain(ids):
     options = dict(bias_balanced=True, capacity_factor=1.0, n_experts=3)
@@ -415,6 +440,32 @@ def test_compiled_equals_plain(ids):
     assert_close(results[0][0], results[1][0])
     for name, grad in results[0][1].items():
         assert_close(grad, results[1][1][name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_compiled_once_whatever_goes_where():
+    """New loads compile nothing again, and no expert becomes a graph of its own."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch.compiler.reset()
+    set_seed(0)
+    counter = CompileCounterWithBackend("eager")
+    model, counts = make().eval(), []
+    model.compile(backend=counter)
+    with torch.no_grad():
+        for _ in range(12):
+            model(torch.randint(61, (2, 20)))
+            counts.append(counter.frame_count)
+    assert counts[0] == counts[-1] <= 2 * (len(model.blocks) + 1), counts
+
+
+def test_the_compiler_is_imported_by_nobody_who_does_not_compile():
+    code = """import sys, torch, gptbook
+from gptbook.core import GPTConfig, GPTModel
+model = GPTModel(GPTConfig(61, 32, 24, 1, 4, recipe="mixtral"))
+model(torch.zeros(1, 3).long())
+print("torch._dynamo" in sys.modules)"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert said.stdout.strip() == "False", said.stderr
 
 
 # Balance by a bias ----------------------------------------------------------------
@@ -513,7 +564,18 @@ def test_expert_choices(ids):
     assert not first.mlp._forward_pre_hooks
 
 
+def test_expert_choices_leaves_every_mode_as_it_was(ids):
+    model = make().train()
+    model.blocks[1].eval()
+    modes = [module.training for module in model.modules()]
+    expert_choices(model, ids)
+    assert [module.training for module in model.modules()] == modes
+
+
 @pytest.mark.parametrize("options, said", [
+    (dict(balance=-1.0), "balance=-1.0"), (dict(balance=float("nan")), "balance=nan"),
+    (dict(z_loss="0.1"), "z_loss='0.1'"), (dict(capacity_factor="2"), "capacity_factor='2'"),
+    (dict(noise="x"), "noise='x'"),
     (dict(n_experts=0), "n_experts=0"), (dict(n_experts=2.0), "n_experts=2.0"),
     (dict(top_k=9), "top_k=9 is more than n_experts=8"), (dict(top_k=True), "top_k=True"),
     (dict(capacity_factor=0), "capacity_factor=0"), (dict(noise=1.0), "noise=1.0"),
@@ -523,6 +585,16 @@ def test_impossible_numbers(options, said):
     with pytest.raises(ValueError, match=said):
         MixtureOfExperts(CONFIG, 0, **options)
     check_router(8, 2, True)
+
+
+def test_a_model_can_be_copied_before_the_backward_pass(ids):
+    model = make().train()
+    loss = LossModel(model)(ids[:, :-1], ids[:, 1:])
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert auxiliary_loss(twin) == 0.0, "the graph stays with the model"
+        assert torch.equal(twin.eval()(ids), copy.deepcopy(model).eval()(ids))
+    (loss + auxiliary_loss(model)).backward()
+    assert model.blocks[0].mlp.router.weight.grad.any()
 
 
 def test_a_model_can_be_copied_after_a_step(ids):
