@@ -154,7 +154,7 @@ def demo_path() -> Path:
 
 
 def is_foreign(path: str | None) -> bool:
-    """Whether it is a folder in transformers' layout, a GGUF file or the name smollm2."""
+    """Whether it is a folder of transformers, a GGUF file or the name smollm2."""
     if path is None or "\0" in path:
         return False
     folder = Path(path, "config.json")
@@ -838,8 +838,9 @@ def write_format(source: Path, target: Path, to: str, foreign: bool) -> None:
 
     if to == "pt" and not foreign:
         return export_pt(source, target)
-    half = {} if source.suffix == ".gguf" or str(source) == "smollm2" else {"dtype": None}
-    loaded = (load_foreign(str(source), **half) if foreign
+    packed = source.suffix == ".gguf" or str(source) == "smollm2"  # has no dtype
+    as_stored = {} if packed else {"dtype": None}
+    loaded = (load_foreign(str(source), **as_stored) if foreign
               else load_model(source, dtype=None))
     if to == "transformers":
         export_transformers(loaded.model, target, loaded.tokenizer)
