@@ -84,8 +84,10 @@ def interleaved_to_half(
     weight: Tensor,  # (heads * D, C) of W_query or W_key, or a bias (heads * D,)
     head_dim: int,   # D
 ) -> Tensor:
-    """Sort the rows of each head for half-split rotation, which then does the same."""
-    rows = weight.unflatten(0, (-1, head_dim // 2, 2))  # (heads, pair, which of it)
+    """Sort the rows of each head for half-split rotation, which then does the same.
+
+    Raises `RuntimeError` unless the rows are whole heads of whole pairs."""
+    rows = weight.unflatten(0, (-1, head_dim)).unflatten(1, (-1, 2))  # (…, pair, which)
     return rows.transpose(1, 2).flatten(0, 2)
 
 
@@ -93,8 +95,8 @@ def half_to_interleaved(
     weight: Tensor,  # as above
     head_dim: int,   # D
 ) -> Tensor:
-    """The way back."""
-    rows = weight.unflatten(0, (-1, 2, head_dim // 2))  # (heads, which of it, pair)
+    """The way back, with the same `RuntimeError`."""
+    rows = weight.unflatten(0, (-1, head_dim)).unflatten(1, (2, -1))  # (…, which, pair)
     return rows.transpose(1, 2).flatten(0, 2)
 
 # %% ../nbs/03_architecture.ipynb #arcc0012

@@ -25,7 +25,7 @@ def loss_by_position(
 ) -> Tensor:  # (T,), nats a token, mean over all rows
     """What a token costs at each place of the row; the model's mode comes back.
 
-    Raises `ValueError` for no rows, and for targets of -100."""
+    Raises `ValueError` for no rows, rows of two lengths, and targets of -100."""
     mode, total, rows = model.training, 0.0, 0
     device = next(model.parameters()).device
     model.eval()
@@ -35,6 +35,8 @@ def loss_by_position(
                 raise ValueError("a target is -100: every place needs all rows")
             logits = model(input_ids.to(device)).float()
             losses = F.cross_entropy(logits.mT, targets.to(device), reduction="none")
+            if rows and total.shape != losses.shape[1:]:
+                raise ValueError(f"rows of {len(total)} and {losses.shape[1]} tokens")
             total, rows = total + losses.double().sum(0), rows + len(losses)
     finally:
         model.train(mode)
@@ -64,12 +66,17 @@ class ALiBi(nn.Module):
 
     def __init__(self, n_heads: int):
         super().__init__()
-        self.slopes = alibi_slopes(n_heads)  # no buffer: .half() must not reach it
+        self.slopes = alibi_slopes(n_heads)
+
+    def _apply(self, fn, recurse=True):  # no buffer: as in `Rotary`
+        device = fn(self.slopes).device
+        if device.type != "meta":
+            self.slopes = self.slopes.to(device)
+        return super()._apply(fn, recurse)
 
     def forward(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        if self.slopes.device != q_pos.device:
-            self.slopes = self.slopes.to(q_pos.device)
-        return -self.slopes[:, None, None] * (q_pos - k_pos).abs()
+        slopes = self.slopes.to(q_pos.device)
+        return -slopes[:, None, None] * (q_pos - k_pos).abs()
 
 # %% ../nbs/03aa_long_context.ipynb #lcc00051
 def linear_scaling(

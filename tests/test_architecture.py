@@ -170,6 +170,13 @@ def test_layouts_convert_both_ways(head_dim, heads):
             assert not torch.equal(half_to_interleaved(weight, head_dim), half)
 
 
+@pytest.mark.parametrize("convert", [interleaved_to_half, half_to_interleaved])
+@pytest.mark.parametrize("rows, head_dim", [(20, 5), (10, 4), (6, 12)])
+def test_rows_that_are_no_whole_heads_of_pairs_are_refused(convert, rows, head_dim):
+    with pytest.raises(RuntimeError, match="multiply up to the size of dim"):
+        convert(torch.randn(rows, 3), head_dim)
+
+
 @pytest.mark.parametrize("n_kv_heads", [None, 2])
 def test_converted_weights_give_the_other_models_logits(n_kv_heads):
     turned = partial(MultiHeadAttention, rotary=partial(Rotary, interleaved=True))

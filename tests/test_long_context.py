@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from functools import partial
 
 import pytest
@@ -178,6 +179,36 @@ def test_slopes_stay_float32_and_out_of_the_state():
     torch.testing.assert_close(bias[0, :, 0, 0], -alibi_slopes(4))  # in bfloat16 they meet
     lost = where.bfloat16()
     assert lost[0] == lost[1]
+
+
+def test_a_model_that_was_on_meta_comes_to_life(ids):
+    """A forward pass on meta, as for counting FLOPs, must not take the slopes along."""
+    real, gone = alibi_model(), copy.deepcopy(alibi_model()).to("meta")
+    assert gone(ids.to("meta")).is_meta
+    gone.to_empty(device="cpu").load_state_dict(real.state_dict())
+    assert torch.equal(gone(ids), real(ids))
+
+
+def test_slopes_follow_their_model_and_copies_compute_the_same(ids):
+    """No GPU here: the device that a move asks for is what `_apply` finds out."""
+    bias, asked = ALiBi(4), []
+
+    def move(t):
+        asked.append(t)
+        return t.half()
+
+    bias._apply(move)
+    assert len(asked) == 1 and torch.equal(bias.slopes, alibi_slopes(4))
+    model = alibi_model()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(ids), model(ids))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, as it compiles
+def test_it_compiles_as_one_graph(ids):
+    model = alibi_model()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids), model(ids), atol=1e-4, rtol=1e-4)
 
 
 def test_gradients_flow_and_bfloat16_runs(ids):
@@ -398,6 +429,13 @@ def test_loss_by_position_refuses_nothing_and_padding():
     targets = torch.tensor([[0, 0, 0, -100]])
     with pytest.raises(ValueError, match="-100"):
         loss_by_position(model, [(ids, targets)])
+
+
+@pytest.mark.parametrize("lengths", [(8, 1), (1, 8), (8, 7)])
+def test_loss_by_position_refuses_rows_of_two_lengths(lengths):
+    rows = [torch.zeros(2, n, dtype=torch.long) for n in lengths]
+    with pytest.raises(ValueError, match=f"rows of {lengths[0]} and {lengths[1]} tokens"):
+        loss_by_position(alibi_model().train(), [(row, row) for row in rows])
 
 
 def test_modules_are_modules():
