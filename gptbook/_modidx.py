@@ -567,6 +567,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'gptbook.pretrained.empty_model': ('pretrained.html#empty_model', 'gptbook/pretrained.py'),
                                     'gptbook.pretrained.export_transformers': ( 'pretrained.html#export_transformers',
                                                                                 'gptbook/pretrained.py'),
+                                    'gptbook.pretrained.exported_rotation': ('pretrained.html#exported_rotation', 'gptbook/pretrained.py'),
                                     'gptbook.pretrained.family_of': ('pretrained.html#family_of', 'gptbook/pretrained.py'),
                                     'gptbook.pretrained.family_options': ('pretrained.html#family_options', 'gptbook/pretrained.py'),
                                     'gptbook.pretrained.fill_model': ('pretrained.html#fill_model', 'gptbook/pretrained.py'),

@@ -7,8 +7,8 @@ __all__ = ['LLAMA_WORDS', 'FAMILY_WORDS', 'SIZES', 'FIXED', 'WEIGHTS', 'INDEX', 
            'their_name', 'to_layout', 'from_layout', 'config_from', 'gpt2_config', 'llama_config', 'family_options',
            'rope_settings', 'read_config', 'find_shards', 'read_shards', 'no_weights', 'fit_names', 'full_names',
            'check_embedding', 'empty_model', 'fill_model', 'match_weights', 'load_pretrained', 'read_words',
-           'find_folder', 'family_of', 'to_config', 'to_llama_config', 'export_transformers', 'tokenizer_files',
-           'as_json']
+           'find_folder', 'family_of', 'to_config', 'exported_rotation', 'to_llama_config', 'export_transformers',
+           'tokenizer_files', 'as_json']
 
 # %% ../nbs/03d_pretrained.ipynb #prec0003
 import inspect
@@ -21,14 +21,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
+from .architecture import rope_frequencies
 from .atomic_files import CheckpointError, atomic_folder
 from gptbook.checkpoints import (
     Checkpoint, _build, _check_finite, _json, _meta, _opened, _read_header, _refusing,
     _view, _weights, encode_tensors,
 )
 from .core import RECIPES, GPTConfig, GPTModel
+from .long_context import rope_scaling
 from .tokenizer import Tokenizer, require
 from gptbook.tokenizer_files import (
     LibraryTokenizer, read_tokenizer, to_tokenizer_json,
@@ -193,6 +195,8 @@ def rope_settings(
     base = given.pop("rope_theta", content.get("rope_theta", usual))
     kind = given.pop("type", None)
     kind = given.setdefault("rope_type", kind or "default")
+    if kind == "dynamic":  # transformers takes max_position_embeddings and ignores this
+        given.pop("original_max_position_embeddings", None)
     return base, None if kind == "default" else given
 
 # %% ../nbs/03d_pretrained.ipynb #prec0027
@@ -315,7 +319,8 @@ def fill_model(
     device=None,
 ) -> GPTModel:        # in eval mode
     """Give a model its weights, one after the other."""
-    for name, old in tqdm(_weights(model)[0].items(), "weights", delay=2):
+    weights = _weights(model)[0].items()
+    for name, old in tqdm(weights, "weights", delay=2, leave=False, disable=None):
         old.data = fetch(name)
     model.tie()
     return model.to(device).eval()
@@ -455,17 +460,29 @@ ARCHITECTURES = dict(
     qwen2="Qwen2ForCausalLM", mixtral="MixtralForCausalLM")
 
 
+def exported_rotation(config: GPTConfig, options: dict) -> dict:
+    """`rope_parameters`: transformers has no "ntk", and its "dynamic" follows the row.
+    At one length both are a larger base, which it has."""
+    base, said = options["rope_base"], dict(options["rope_scaling"] or {})
+    kind = said.setdefault("rope_type", said.pop("type", "default"))
+    if kind in ("ntk", "dynamic"):
+        frequencies = rope_frequencies(config.head_dim, base)
+        slowest = rope_scaling(said, config, base)(frequencies)[0][-1].item()
+        base = slowest ** (-config.head_dim / (config.head_dim - 2))
+        said = dict(rope_type="default")
+    return said | dict(rope_theta=base)
+
+
 def to_llama_config(family: str, config: GPTConfig, block) -> dict:
     """What Llama's family says besides the sizes."""
     usual = inspect.signature(RECIPES[config.recipe]).parameters
     options = {name: p.default for name, p in usual.items()} | config.options
     mlp = block.mlp.experts[0] if family == "mixtral" else block.mlp
-    rope = dict(rope_theta=options["rope_base"], rope_type="default")
     content = dict(
         num_key_value_heads=config.kv_heads, head_dim=config.head_dim,
         intermediate_size=mlp.fc_in.out_features, hidden_act="silu",
         rms_norm_eps=options["norm_eps"],
-        rope_parameters=rope | (options["rope_scaling"] or {}))
+        rope_parameters=exported_rotation(config, options))
     if family == "llama":
         return content | dict(attention_bias=config.bias, mlp_bias=config.bias)
     if family == "qwen2":

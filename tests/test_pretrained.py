@@ -531,3 +531,23 @@ def test_names_that_are_none(name, tmp_path, monkeypatch):
 def test_a_file_is_no_folder(folder):
     with pytest.raises(CheckpointError, match="it is a file"):
         load_pretrained(folder / WEIGHTS)
+
+
+@pytest.mark.parametrize("scaling", [
+    None, {"rope_type": "linear", "factor": 4.0}, {"rope_type": "ntk", "factor": 4.0},
+    {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 64},
+    {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+], ids=lambda s: "default" if s is None else s.get("rope_type", s.get("type")))
+def test_every_scaling_of_the_rotation_is_exported(scaling, tmp_path):
+    set_seed(0)
+    model = GPTModel(GPTConfig(100, 256, 64, 2, 4, bias=False, recipe="llama",
+                               options=dict(rope_scaling=scaling))).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4)  # a wrong angle shows
+        theirs = T.AutoModelForCausalLM.from_pretrained(export_transformers(model, tmp_path / "m"))
+        ids = torch.randint(100, (1, 200), generator=torch.Generator().manual_seed(0))
+        expected = model(ids)
+        torch.testing.assert_close(theirs(ids).logits, expected, rtol=0, atol=5e-4)
+        again = load_pretrained(tmp_path / "m").model(ids)
+        torch.testing.assert_close(again, expected, rtol=0, atol=5e-4)
