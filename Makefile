@@ -80,12 +80,12 @@ fresh: $(STAMP)  ## run the pages again and compare their stored outputs (PAGES=
 	@$(QUIET_ENV) $(PY) book/fresh.py $(PAGES)
 
 reliability: $(STAMP)  ## the full counts of the reliability scoreboard (long)
-	@for script in $(wildcard benchmarks/reliability*.py); do \
+	@for script in $(wildcard benchmarks/reliability*.py) benchmarks/pretrained.py; do \
 	  echo "== $$script"; $(QUIET_ENV) $(PY) $$script || exit 1; done
 	@$(QUIET_ENV) $(PY) -m pytest -m slow
 
 bench: $(STAMP)  ## run every benchmark and write benchmarks/results (long)
-	@for script in $(filter-out benchmarks/results_file.py benchmarks/reliability%, \
+	@for script in $(filter-out benchmarks/results_file.py benchmarks/reliability% benchmarks/pretrained.py, \
 	    $(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script || exit 1; done
 
 clean:  ## remove what was built; the environment stays

@@ -379,6 +379,8 @@ def main():
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--quick", action="store_true", help="tiny shapes, not stored")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        return print("no CUDA device here: nothing was measured")
     WHERE["device"], peers.DEVICE = args.device, torch.device(args.device)
     if args.nanogpt:
         args.nanogpt = str(Path(args.nanogpt).resolve())
