@@ -96,7 +96,8 @@ def test_flex_hides_padding():
     assert out[0, :, :4].eq(0).all()
 
 
-@pytest.mark.parametrize("more", [dict(bias=by_distance), dict(dropout=0.1)], ids=str)
+@pytest.mark.parametrize("more", [dict(bias=by_distance), dict(dropout=0.1)],
+                         ids=["bias", "dropout"])
 def test_flex_refuses_what_it_cannot_do(more):
     qkv, where = example()
     with pytest.raises(ValueError, match="flex takes a mask"):
