@@ -695,13 +695,15 @@ TABLE_STYLE = (
 
 
 def _provenance(result: dict) -> str:
-    """One line: the command, the machine, the versions, the date."""
+    """One line: the command, the machine, the versions, the date, and a note."""
+    figures = result.get("figures")
+    note = figures.get("note") if isinstance(figures, dict) else None
     machine, versions = result.get("machine", {}), result.get("versions", {})
     n = machine.get("threads")
     parts = [result.get("command") or result.get("name"), machine.get("accelerator"),
              machine.get("processor"), f"{n} thread{'s' * (n != 1)}" if n else None,
              *(f"{k} {v}" for k, v in versions.items() if k in ("python", "torch")),
-             result.get("date")]
+             result.get("date"), note]
     said = " · ".join(str(p) for p in parts if p)
     return f"<br><small>{html.escape(said)}</small>"
 

@@ -19,7 +19,8 @@ from .core import (
     RECIPES, FeedForward, GPTConfig, MultiHeadAttention, gpt2)
 from .long_context import ALiBi, rope_scaling
 from .moe import MixtureOfExperts
-from .sparse import BigBird, Longformer, SlidingWindow, Strided
+from .sparse import (
+    BigBird, Longformer, SlidingWindow, Strided, blocked_attention)
 
 # %% ../nbs/03ca_recipes.ipynb #recc0009
 class QKVBias(MultiHeadAttention):
@@ -83,7 +84,8 @@ def mistral(
     """Mistral (Jiang et al. 2023): Llama whose layers see a window."""
     slots = llama(rope_base, rope_scaling, hidden_dim, norm_eps)
     if window is not None:
-        slots["attention"] = partial(slots["attention"], mask=SlidingWindow(window))
+        slots["attention"] = partial(
+            slots["attention"], mask=SlidingWindow(window), kernel=blocked_attention)
     return slots
 
 
@@ -133,9 +135,9 @@ def switch(
 RECIPES["switch"] = switch
 
 # %% ../nbs/03ca_recipes.ipynb #recc0022
-def seeing(mask: Callable) -> dict:
-    """GPT-2 with another mask in all layers."""
-    return {**gpt2(), "attention": partial(MultiHeadAttention, mask=mask)}
+def seeing(mask: Callable, **parts) -> dict:
+    """GPT-2 with another mask in all layers, and a kernel for it."""
+    return {**gpt2(), "attention": partial(MultiHeadAttention, mask=mask, **parts)}
 
 
 def strided(stride: int = 32) -> dict:
@@ -145,7 +147,7 @@ def strided(stride: int = 32) -> dict:
 
 def longformer(window: int = 256, global_tokens: int = 1) -> dict:
     """Longformer (Beltagy et al. 2020): a window, and tokens that all see."""
-    return seeing(Longformer(window, global_tokens))
+    return seeing(Longformer(window, global_tokens), kernel=blocked_attention)
 
 
 def bigbird(
@@ -153,7 +155,8 @@ def bigbird(
     seed: int = 0,
 ) -> dict:
     """BigBird (Zaheer et al. 2020): a window, global tokens and random blocks."""
-    return seeing(BigBird(window, global_tokens, draws, block, seed))
+    mask = BigBird(window, global_tokens, draws, block, seed)
+    return seeing(mask, kernel=blocked_attention)
 
 
 def alibi() -> dict:

@@ -411,12 +411,14 @@ def test_boxes_name_and_connect():
 def test_claims_table_says_where_numbers_come_from(tmp_path):
     result = {"command": "python benchmarks/x.py", "date": "2026-11-23", "machine":
               {"processor": "A CPU", "threads": 1}, "versions": {"torch": "2.13", "x": "1"}}
+    result["figures"] = {"note": "half of it elsewhere"}
     (tmp_path / "x.json").write_text(json.dumps(result))
     row = {"claim": "AMP is 2x faster", "this machine": 1.7391, "verdict": "Partly: 1.7"}
     shown = claims_table([row], tmp_path / "x.json").body
     assert "<td>1.74</td>" in shown and "<i>not measured</i>" in shown
     assert "◐ Partly: 1.7" in shown
-    assert "python benchmarks/x.py · A CPU · 1 thread · torch 2.13 · 2026-11-23" in shown
+    assert ("python benchmarks/x.py · A CPU · 1 thread · torch 2.13 · 2026-11-23 · "
+            "half of it elsewhere") in shown
 
 
 # ---- the view --------------------------------------------------------------------------

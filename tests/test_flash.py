@@ -3,7 +3,6 @@
 import copy
 import math
 import pickle
-from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -14,6 +13,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from attention_examples import All, Documents, Last, by_distance, example, padded, with_gradients
+
 from gptbook import flash
 from gptbook.core import (
     Causal, GPTConfig, GPTModel, LossModel, MultiHeadAttention, Positions, naive_attention, sdpa,
@@ -21,56 +22,6 @@ from gptbook.core import (
 from gptbook.flash import (
     Tiles, flash_attention, flash_backward, flash_forward, tile_columns, tile_reach)
 from gptbook.inference import KVCache
-
-
-@dataclass(frozen=True)
-class Last:
-    window: int
-
-    def __call__(self, q_pos, k_pos):
-        return (q_pos >= k_pos) & (q_pos - k_pos < self.window)
-
-    def is_causal(self, n_keys):
-        return n_keys <= self.window
-
-
-@dataclass(frozen=True)
-class All:
-    def __call__(self, q_pos, k_pos):
-        return (q_pos == q_pos) & (k_pos == k_pos)
-
-
-@dataclass(frozen=True)
-class Documents:
-    length: int
-
-    def __call__(self, q_pos, k_pos):
-        return (q_pos >= k_pos) & (q_pos // self.length == k_pos // self.length)
-
-
-def by_distance(q_pos, k_pos):
-    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625]).view(1, 4, 1, 1)
-    return -slopes * (q_pos - k_pos)
-
-
-def example(B=2, H=4, K=2, Tq=37, Tk=37, D=8, dtype=torch.float64, aligned=True):
-    set_seed(Tq + Tk)
-    qkv = [torch.randn(B, n, T, D, dtype=dtype, requires_grad=True)
-           for n, T in ((H, Tq), (K, Tk), (K, Tk))]
-    q_pos, k_pos = (Positions(torch.arange(a, Tk)[None], aligned) for a in (Tk - Tq, 0))
-    return qkv, dict(q_pos=q_pos, k_pos=k_pos)
-
-
-def padded(T=12, pads=(4, 0)):
-    index = torch.stack([(torch.arange(T) - n).clamp(min=-1) for n in pads])
-    return dict(q_pos=Positions(index), k_pos=Positions(index))
-
-
-def with_gradients(kernel, qkv, **where):
-    out = kernel(*qkv, **where)
-    up = torch.cos(3 * torch.arange(out.numel(), dtype=torch.float64)).bfloat16()
-    up = up.to(out).view_as(out)  # the same numbers in every dtype
-    return [out.detach(), *torch.autograd.grad(out, qkv, up)]
 
 
 SIZES = [dict(), dict(H=4, K=4, Tq=64, Tk=64), dict(H=4, K=1, Tq=1, Tk=50), dict(Tq=13, Tk=41),

@@ -14,11 +14,13 @@ from transformers import (
 
 import gptbook.recipes as recipes
 from gptbook.checkpoints import load_model, save_model
+from gptbook.architecture import NoPositions
 from gptbook.core import (
-    RECIPES, Causal, GPTConfig, GPTModel, LossModel, auxiliary_loss, replace_modules,
+    RECIPES, Causal, GPTConfig, GPTModel, LossModel, auxiliary_loss, naive_attention, replace_modules,
     set_seed)
 from gptbook.inference import KVCache
 from gptbook.moe import MixtureOfExperts
+from gptbook.sparse import blocked_attention
 
 V, T = 61, 24
 OPTIONS = {  # small enough that patterns, rings and experts matter within T tokens
@@ -265,6 +267,24 @@ def test_rope_options_reach_the_rotation():
     assert a.factor != 1 and not torch.equal(a.frequencies, b.frequencies)
     config = replace(plain.config, options={"rope_base": 5e5})
     assert GPTModel(config).blocks[0].attn.rotary.frequencies[-1] < b.frequencies[-1]
+
+
+@pytest.mark.parametrize("name", ["mistral", "longformer", "bigbird"])
+def test_long_rows_skip_what_is_hidden_and_change_nothing(name):
+    model, x = make(name, 2), torch.randint(V, (2, 150), generator=torch.manual_seed(5))
+    other = make(name, 2)
+    for block in other.blocks:
+        assert block.attn.kernel is blocked_attention
+        block.attn.kernel = naive_attention
+    for m in (model, other):
+        m.position_embedding = NoPositions(m.config)  # the table ends at 32
+        m.max_positions = None
+        LossModel(m)(x[:, :-1], x[:, 1:]).backward()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), other(x), atol=2e-5, rtol=1e-5)
+    for (n, p), q in zip(model.named_parameters(), other.parameters()):
+        if p.grad is not None and "W_key.bias" not in n:
+            torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=1e-4, msg=n)
 
 
 # What they refuse ------------------------------------------------------------------------
