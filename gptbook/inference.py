@@ -137,7 +137,7 @@ class Step:
     after: Filled  # what will be true after `commit`
     shape: tuple[int, int]  # (B, T)
     plans: dict = field(default_factory=dict)  # size -> where to write, what to read
-    buffers: dict = field(default_factory=dict)  # layer -> (keys, values) after it
+    buffers: dict = field(default_factory=dict)  # layer -> what it holds after it
 
 
 class CacheRows:
@@ -157,7 +157,7 @@ class CacheRows:
         rings = [w and w + spare for w in windows]  # None where a layer sees everything
         limits = [[n for n in (ring, self.max_length) if n] for ring in rings]
         self.spare, self.sizes = spare, [min(n) for n in limits]  # slots a layer
-        self.buffers = [None] * len(self.sizes)  # (keys, values), each (B, K, size, D)
+        self.buffers = [None] * len(self.sizes)  # keys and values, (B, K, size, D)
         self.device = next(model.parameters()).device
         self._filled, self._step = Filled(), None
 
@@ -208,18 +208,29 @@ class AppendCache(CacheRows):
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple:
         """Add keys and values (B, K, T, D) of a layer; keys, values and `Positions`
         of all that it may see."""
-        held, step = hold(self, layer, k, v), self._step
+        chunk = self.pack(k, v)
+        held, step = hold(self, layer, chunk), self._step
         if (size := self.sizes[layer]) not in step.plans:
             state = step.where, self._filled, step.after, size
             step.plans[size] = destination(*state), make_view(*state)
         (into, take), view = step.plans[size]
         buffers = [x.clone() for x in held] if view.copy else held
-        for buffer, chunk in zip(buffers, (k, v)):
-            buffer[into] = chunk[take]
+        for buffer, part in zip(buffers, chunk):
+            buffer[into] = part[take]
         step.buffers[layer] = buffers
         if view.copy:
-            return *(torch.cat(pair, dim=2) for pair in zip(held, (k, v))), view.keys
-        return *(buffer[:, :, : view.n_slots] for buffer in held), view.keys
+            seen = [torch.cat(pair, dim=2) for pair in zip(held, chunk)]
+        else:
+            seen = [buffer[:, :, : view.n_slots] for buffer in held]
+        return *self.unpack(seen, k.dtype), view.keys
+
+    def pack(self, k: Tensor, v: Tensor) -> Sequence[Tensor]:
+        """What the buffers hold of a chunk: the seam of caches that compress."""
+        return k, v
+
+    def unpack(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+        """Keys and values of such parts, as attention reads them."""
+        return parts
 
     def commit(self) -> None:
         """End the step: from here on its tokens count."""
@@ -240,16 +251,16 @@ def spread(positions: Tensor, B: int, T: int) -> Tensor:  # (B, T)
 
 
 @torch.inference_mode(False)  # ordinary tensors, that may be written in any mode
-def hold(cache: CacheRows, layer: int, k: Tensor, v: Tensor) -> Sequence[Tensor]:
-    """The buffers of a layer, made if needed. `ValueError` if k or v do not fit."""
+def hold(cache: CacheRows, layer: int, chunk: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The buffers of a layer, made if needed. `ValueError` if a chunk does not fit."""
     if cache._step is None or layer >= len(cache.sizes):
         raise ValueError(f"update of layer {layer} outside a step, or past the "
                          f"{len(cache.sizes)} layers that this cache was made for")
     (B, T), size = cache._step.shape, cache.sizes[layer]
     held = cache.buffers[layer]
     if held is None or cache.batch is None and len(held[0]) != B:
-        held = [x.new_zeros(B, x.shape[1], size, x.shape[3]) for x in (k, v)]
-    for buffer, x in zip(held, (k, v)):
+        held = [x.new_zeros(B, x.shape[1], size, x.shape[3]) for x in chunk]
+    for buffer, x in zip(held, chunk):
         due = (B, buffer.shape[1], T, buffer.shape[3]), buffer.dtype
         if (tuple(x.shape), x.dtype) != due:
             raise ValueError(f"layer {layer} expects {due}, got {tuple(x.shape)}, "
