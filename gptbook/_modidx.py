@@ -656,6 +656,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                        'gptbook/qat.py'),
                              'gptbook.qat.FakeQuantLinear.forward': ( 'quantization_aware_training.html#fakequantlinear.forward',
                                                                       'gptbook/qat.py'),
+                             'gptbook.qat.FakeQuantLinear.stored': ( 'quantization_aware_training.html#fakequantlinear.stored',
+                                                                     'gptbook/qat.py'),
                              'gptbook.qat.Observer': ('quantization_aware_training.html#observer', 'gptbook/qat.py'),
                              'gptbook.qat.Observer.__init__': ('quantization_aware_training.html#observer.__init__', 'gptbook/qat.py'),
                              'gptbook.qat.Observer.forward': ('quantization_aware_training.html#observer.forward', 'gptbook/qat.py'),
