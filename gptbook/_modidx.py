@@ -626,6 +626,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'gptbook.pruning.head_counts': ('pruning.html#head_counts', 'gptbook/pruning.py'),
                                  'gptbook.pruning.head_plan': ('pruning.html#head_plan', 'gptbook/pruning.py'),
                                  'gptbook.pruning.head_scores': ('pruning.html#head_scores', 'gptbook/pruning.py'),
+                                 'gptbook.pruning.inputs_of': ('pruning.html#inputs_of', 'gptbook/pruning.py'),
                                  'gptbook.pruning.keep_heads': ('pruning.html#keep_heads', 'gptbook/pruning.py'),
                                  'gptbook.pruning.keep_neurons': ('pruning.html#keep_neurons', 'gptbook/pruning.py'),
                                  'gptbook.pruning.kept_groups': ('pruning.html#kept_groups', 'gptbook/pruning.py'),
