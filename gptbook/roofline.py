@@ -53,7 +53,7 @@ def own_tensors(module: nn.Module) -> list[Tensor]:
                if name not in module._non_persistent_buffers_set]
     return [*module.parameters(recurse=False), *buffers]
 
-
+# %% ../nbs/02_cost_of_a_token.ipynb #roof0017
 def weight_bytes(
     model: GPTModel,
     n_tokens: int = 1,  # T, new tokens of each row
@@ -77,7 +77,7 @@ def weight_bytes(
             whole[x.untyped_storage().data_ptr() or id(x)] = x.nbytes * (1 - missed)
     return rows + sum(whole.values())
 
-# %% ../nbs/02_cost_of_a_token.ipynb #roof0018
+# %% ../nbs/02_cost_of_a_token.ipynb #roof0020
 def attention_sizes(model: GPTModel) -> list[tuple]:  # (H * D, K * D, window or None)
     """Widths of queries and of keys in each layer, and how far back it sees."""
     sizes, config = [], model.config
@@ -95,7 +95,7 @@ def keys_seen(n_before: int, n_tokens: int, window: int | None) -> int:
     limit = math.inf if window is None else window + n_tokens - 1
     return min(n_before + n_tokens, limit)
 
-
+# %% ../nbs/02_cost_of_a_token.ipynb #roof0021
 def step_operations(
     model: GPTModel,
     n_before: int,      # tokens in the cache
@@ -116,7 +116,7 @@ def step_operations(
         total += 4 * batch * n_tokens * n_keys * width  # scores, and sums of values
     return total
 
-# %% ../nbs/02_cost_of_a_token.ipynb #roof0019
+# %% ../nbs/02_cost_of_a_token.ipynb #roof0022
 def cache_bytes_read(
     model: GPTModel,
     n_before: int,
@@ -132,7 +132,7 @@ def cache_bytes_read(
                for _, width, window in attention_sizes(model))
     return 2 * batch * itemsize * seen
 
-
+# %% ../nbs/02_cost_of_a_token.ipynb #roof0024
 def token_cost(
     model: GPTModel,
     n_tokens_before: int,  # tokens that the cache holds
@@ -153,7 +153,7 @@ def token_cost(
         weight_bytes(model, n_tokens, batch), cache_bytes_read(model, *step, itemsize),
         step_operations(model, *step, n_logits), n_tokens * batch)
 
-# %% ../nbs/02_cost_of_a_token.ipynb #roof0026
+# %% ../nbs/02_cost_of_a_token.ipynb #roof0031
 def fastest(
     work: Callable[[], object],
     seconds: float = 0.3,  # how long to try, at least three times
@@ -172,7 +172,7 @@ def fastest(
         times.append(time.perf_counter() - started)
     return min(times)
 
-# %% ../nbs/02_cost_of_a_token.ipynb #roof0029
+# %% ../nbs/02_cost_of_a_token.ipynb #roof0034
 @torch.no_grad()
 def bandwidth(
     device: torch.device | str = "cpu",
@@ -190,7 +190,7 @@ def bandwidth(
     reads = (lambda: matrix @ vector), matrix.sum
     return matrix.nbytes / min(fastest(read, seconds / 2, device) for read in reads)
 
-# %% ../nbs/02_cost_of_a_token.ipynb #roof0034
+# %% ../nbs/02_cost_of_a_token.ipynb #roof0039
 def decode_roof(
     cost: TokenCost,
     bandwidth: float,        # bytes a second

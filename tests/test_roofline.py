@@ -87,6 +87,14 @@ def test_cost_is_what_a_model_does(options, step):
     assert token_cost(model, *step).tokens == step[1] * step[2]
 
 
+def test_a_wrong_count_would_be_noticed():
+    seen = observed(a_model(n_kv_heads=2), 7, 3, 1)
+    for n_before, batch, heads in ((6, 3, 2), (7, 2, 2), (7, 3, 4)):
+        wrong = tuple(token_cost(a_model(n_kv_heads=heads), n_before, batch))[:3]
+        assert all(a != b for a, b in zip(wrong[1:], seen[1:]))
+    assert token_cost(a_model(), 7, 3).weight_bytes != seen[0]
+
+
 @pytest.mark.parametrize("recipe", ["llama", "mistral", "alibi"])
 @pytest.mark.parametrize("step", STEPS[:4], ids=str)
 def test_cost_of_other_recipes(recipe, step):
