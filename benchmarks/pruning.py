@@ -42,11 +42,11 @@ def smaller(model, share: float, batches: list) -> None:
 def ways(batches: list, steps: int) -> dict:
     """{name: (what is done to the model before it trains, callbacks)}."""
     masked = {f"{amount:.0%} of the weights": (partial(prune, amount=amount), ())
-              for amount in (0.2, 0.5, 0.7, 0.8)}
-    gradual = GradualPruning(0.8, 0, steps // 2, max(1, steps // 20))
+              for amount in (0.2, 0.5, 0.6, 0.7)}
+    gradual = GradualPruning(0.7, 0, steps // 2, max(1, steps // 20))
     return {
         "dense": (lambda model: None, ()), **masked,
-        "80% of the weights, gradually": (partial(prune, amount=0.0), (gradual,)),
+        "70% of the weights, gradually": (partial(prune, amount=0.0), (gradual,)),
         "2:4": (partial(prune, amount="2:4"), ()),
         "20% of heads and neurons": (lambda model: smaller(model, FIFTH, batches), ()),
         "33% of heads and neurons": (lambda model: smaller(model, THIRD, batches), ()),
@@ -100,11 +100,11 @@ def recover(way, data, held_out, seed: int, steps: int, rate: float) -> tuple:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=5)
-    parser.add_argument("--held-out", type=int, default=80)
+    parser.add_argument("--held-out", type=int, default=60)
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)

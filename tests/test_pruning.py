@@ -679,3 +679,25 @@ def test_other_feed_forwards_by_their_shapes():
     torch.testing.assert_close(model(ids), silent(ids), rtol=1e-5, atol=1e-5)
     assert model.blocks[0].mlp.gate.out_features == 20
     assert FeedForward is not Gated
+
+
+def test_a_copy_finalized_leaves_the_other_masked():
+    """`remove_parametrizations` would delete `weight` from the class that both share."""
+    model, ids = a_gpt(), some_ids()
+    prune(model, 0.5)
+    other, logits = copy.deepcopy(model), model(ids)
+    finalize(other)
+    assert torch.equal(other(ids), logits) and torch.equal(model(ids), logits)
+    assert zeros_are_kept(model) and len(finalize(model)) == 18
+    assert list(model.state_dict()) == list(a_gpt().state_dict()), "the old order"
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_finalize_keeps_hooks_and_parameters(bias):
+    model = a_gpt(replace(SIZES, bias=bias))
+    linear, calls = model.blocks[0].mlp.fc_in, []
+    linear.register_forward_hook(lambda *_: calls.append(1))
+    held = linear.weight
+    prune(model, 0.5), finalize(model), model(some_ids())
+    assert calls == [1] and model.blocks[0].mlp.fc_in is linear and linear.weight is held
+    assert (linear.bias is None) is not bias
