@@ -44,6 +44,8 @@ class Rotary(nn.Module):
 
     Shapes: (B, heads, T, D) -> (B, heads, T, D). Angles are float32 in every model."""
 
+    native = "rotary"  # the decoder's name for what it computes
+
     def __init__(
         self,
         config: GPTConfig,
@@ -105,6 +107,8 @@ class RMSNorm(nn.Module):
 
     Shapes: (..., C) -> (..., C)."""
 
+    native = "rms"
+
     def __init__(self, dim: int, eps: float = 1e-5):
         super().__init__()
         self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
@@ -126,6 +130,8 @@ class SwiGLU(nn.Module):
     """A feed-forward whose second input opens and closes the first (Shazeer 2020, §2).
 
     Shapes: (B, T, C) -> (B, T, C). Raises `ValueError` for a `hidden_dim` below 1."""
+
+    native = "swiglu"
 
     def __init__(
         self,
