@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALL', 'Filled', 'next_positions', 'settle', 'given_positions', 'held_positions', 'destination', 'View', 'make_view',
-           'Step', 'CacheRows', 'capacity', 'AppendCache', 'spread', 'hold', 'KVCache', 'per_row']
+           'Step', 'CacheRows', 'AppendCache', 'capacity', 'spread', 'hold', 'KVCache', 'per_row']
 
 # %% ../nbs/02_inference.ipynb #0e7ea3eb
 import copy
@@ -173,17 +173,6 @@ class CacheRows:
         held = self.buffers[0] if self._filled.length else None
         return None if held is None else len(held[0])
 
-# %% ../nbs/02_inference.ipynb #9751f5ab
-def capacity(model: GPTModel, asked: int | None, unlimited: bool) -> int | None:
-    """How many tokens a row may hold. Raises `ValueError` past the position table."""
-    limit = model.max_positions
-    if asked is None:
-        return limit or (None if unlimited else model.config.context_length)
-    if asked < 1 or limit is not None and asked > limit:
-        raise ValueError(f"max_length={asked} must be 1 to {limit or 'any number'}: "
-                         f"the model knows {limit or 'any number of'} positions")
-    return asked
-
 # %% ../nbs/02_inference.ipynb #59712821
 class AppendCache(CacheRows):
     """A cache that each step extends: `begin`, `update` in each layer, `commit`."""
@@ -241,6 +230,17 @@ class AppendCache(CacheRows):
         self.buffers, self._filled, self._step = buffers, step.after, None
 
 # %% ../nbs/02_inference.ipynb #7739b9bd
+def capacity(model: GPTModel, asked: int | None, unlimited: bool) -> int | None:
+    """How many tokens a row may hold. Raises `ValueError` past the position table."""
+    limit = model.max_positions
+    if asked is None:
+        return limit or (None if unlimited else model.config.context_length)
+    if asked < 1 or limit is not None and asked > limit:
+        raise ValueError(f"max_length={asked} must be 1 to {limit or 'any number'}: "
+                         f"the model knows {limit or 'any number of'} positions")
+    return asked
+
+
 def spread(positions: Tensor, B: int, T: int) -> Tensor:  # (B, T)
     """Positions for all rows. Raises `ValueError` if they do not fit."""
     index = positions if positions.dim() == 2 else positions[None]
