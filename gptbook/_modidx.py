@@ -612,6 +612,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'gptbook.native.bind': ('native_kernels.html#bind', 'gptbook/native.py'),
                                 'gptbook.native.cache_folder': ('native_kernels.html#cache_folder', 'gptbook/native.py'),
                                 'gptbook.native.compile_library': ('native_kernels.html#compile_library', 'gptbook/native.py'),
+                                'gptbook.native.in_c': ('native_kernels.html#in_c', 'gptbook/native.py'),
                                 'gptbook.native.library': ('native_kernels.html#library', 'gptbook/native.py'),
                                 'gptbook.native.native_linear': ('native_kernels.html#native_linear', 'gptbook/native.py'),
                                 'gptbook.native.processor_name': ('native_kernels.html#processor_name', 'gptbook/native.py'),

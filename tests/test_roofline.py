@@ -13,6 +13,8 @@ from gptbook.core import (
     GPTConfig, GPTModel, MultiHeadAttention, naive_attention, replace_modules,
 )
 from gptbook.inference import KVCache
+from gptbook.pruning import prune_heads, prune_neurons
+from gptbook.quantization import quantize
 from gptbook.roofline import (
     TokenCost, attention_sizes, bandwidth, cache_bytes_read, decode_roof, expert_shares,
     fastest, keys_seen, own_tensors, step_operations, token_cost, weight_bytes,
@@ -224,6 +226,31 @@ def test_masks_of_a_layer_are_no_weights_and_its_buffers_are():
     layer.register_buffer("kept", torch.ones(2, 3, dtype=torch.bool))
     layer.register_buffer("table", torch.ones(100), persistent=False)
     assert sum(x.nbytes for x in own_tensors(layer)) == 4 * 8 + 6
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8_dynamic", "int4"])
+@pytest.mark.parametrize("options", [dict(), dict(tied=False)], ids=str)
+def test_quantized_models_are_seen_as_they_are(scheme, options):
+    model, plain = a_model(emb_dim=64, **options), a_model(emb_dim=64, **options)
+    quantize(model, scheme)
+    held = {id(x): x.nbytes for x in [*model.parameters(), *model.buffers()]}
+    tables = [m for m in model.modules() if hasattr(m, "num_embeddings")]
+    head = {id(x) for x in [*model.head.parameters(), *model.head.buffers()]}
+    looked_up = sum(x.nbytes for m in tables for x in own_tensors(m) if id(x) not in head)
+    rows = sum(x[:1].nbytes for m in tables for x in own_tensors(m))
+    cost = token_cost(model, 9)
+    assert cost.weight_bytes == sum(held.values()) - looked_up + rows
+    assert cost.weight_bytes < 0.3 * weight_bytes(plain)
+    assert cost.operations == step_operations(plain, 9)
+
+
+def test_pruned_models_are_seen_as_they_are():
+    model, plain = a_model(n_heads=8), a_model(n_heads=8)
+    prune_heads(model, {0: [1, 3, 4]})
+    prune_neurons(model, 0.25)
+    cost, before = token_cost(model, 9, 2), token_cost(plain, 9, 2)
+    assert tuple(cost)[:3] == observed(model, 9, 2, 1)
+    assert all(a < b for a, b in zip(cost[:3], before[:3]))
 
 
 def test_weights_that_are_hidden_are_not_free():
