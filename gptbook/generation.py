@@ -15,14 +15,13 @@ import json
 import math
 import numbers
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .core import GPTModel
-from .inference import KVCache
+from .decoder import Decoder
 
 # %% ../nbs/06_generation.ipynb #93c38598
 def check_sampling(temperature, top_k, top_p) -> None:
@@ -241,29 +240,22 @@ def row_seeds(seed, n_rows: int) -> list[int]:
                          f"{n_rows} rows")
     return list(map(int, seeds))
 
-
-@contextmanager
-def evaluating(model):
-    """The model in evaluation mode; each module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
 # %% ../nbs/06_generation.ipynb #a0f7dbe1
-def prefill(model: GPTModel, rows: list[list[int]], max_length: int | None):
-    """Read prompts of any lengths, padded on the left: the cache, and (B, V) logits."""
-    device, longest = next(model.parameters()).device, max(map(len, rows))
-    padded = [[0] * (longest - len(row)) + row for row in rows]
-    where = [[-1] * (longest - len(row)) + list(range(len(row))) for row in rows]
-    even = all(len(row) == longest for row in rows)  # then the fast path may be taken
-    where = None if even else torch.tensor(where, device=device)
-    cache, ids = KVCache(model, max_length), torch.tensor(padded, device=device)
-    features = model.features(ids, positions=where, cache=cache)
-    return cache, model.head(features[:, -1])
+def ready(model, n_rows: int, room: int, deterministic: bool) -> Decoder:
+    """The decoder that was given, or one for a model."""
+    if not isinstance(model, Decoder):
+        return Decoder(model, n_rows, room, deterministic=deterministic)
+    if n_rows > model.max_batch:
+        raise ValueError(f"{n_rows} rows do not fit a decoder of max_batch="
+                         f"{model.max_batch}")
+    if deterministic and not model.deterministic:
+        raise ValueError("deterministic=True: make the decoder with it")
+    return model
+
+
+def limit_of(model: GPTModel | Decoder) -> int | None:
+    """The most tokens of a row; None: any number."""
+    return model.cache.max_length if isinstance(model, Decoder) else model.max_positions
 
 # %% ../nbs/06_generation.ipynb #dd674aab
 class Tokens(NamedTuple):
@@ -274,36 +266,30 @@ class Tokens(NamedTuple):
 
 
 @torch.no_grad()
-def write(model, texts, length, choose, end_of_text) -> Iterator[Tokens]:
+def write(decoder, texts, length, choose, end_of_text, limit) -> Iterator[Tokens]:
     """The loop of `generate_steps`; the texts grow in place."""
-    limit = model.max_positions or math.inf
-    room = min(max(map(len, texts)) + length, limit)
-    start, rows, cache = [0] * len(texts), list(range(len(texts))), None
-    ended = set()
-    with evaluating(model):
-        for step in range(length):
-            if cache is None:
-                contexts = [texts[b][start[b] :] for b in rows]
-                cache, logits = prefill(model, contexts, room)
-                held = max(map(len, contexts))
-            else:
-                newest = [texts[b][-1:] for b in rows]
-                newest = torch.tensor(newest, device=logits.device)
-                logits = model.head(model.features(newest, cache=cache)[:, -1])
-                held += 1
-            yield extend(texts, rows, ended, choose(logits, rows, step), logits)
-            ended |= {b for b in rows if texts[b][-1] == end_of_text}
-            going = [b for b in rows if b not in ended]
-            if not going:
-                return
-            if held == limit:  # slide: read again, full rows from their newer half
-                for b in going:
-                    if len(texts[b]) - start[b] > limit:
-                        start[b] = len(texts[b]) - max(1, limit // 2)
-                rows, cache = going, None
-            elif 2 * len(going) <= len(rows):
-                cache.reorder([rows.index(b) for b in going])
-                rows = going
+    start, rows, held, ended = [0] * len(texts), list(range(len(texts))), 0, set()
+    for step in range(length):
+        if not held:
+            contexts = [texts[b][start[b] :] for b in rows]
+            logits, held = decoder.start(contexts), max(map(len, contexts))
+        else:
+            newest = [texts[b][-1] for b in rows]
+            logits = decoder.step(torch.tensor(newest, device=logits.device))
+            held += 1
+        yield extend(texts, rows, ended, choose(logits, rows, step), logits)
+        ended |= {b for b in rows if texts[b][-1] == end_of_text}
+        going = [b for b in rows if b not in ended]
+        if not going:
+            return
+        if held == limit:  # slide: read again, full rows from their newer half
+            for b in going:
+                if len(texts[b]) - start[b] > limit:
+                    start[b] = len(texts[b]) - max(1, limit // 2)
+            rows, held = going, 0
+        elif 2 * len(going) <= len(rows):
+            decoder.reorder([rows.index(b) for b in going])
+            rows = going
 
 # %% ../nbs/06_generation.ipynb #bc21f00e
 def extend(texts, rows, ended, ids, logits) -> Tokens:
@@ -319,7 +305,7 @@ def extend(texts, rows, ended, ids, logits) -> Tokens:
 
 
 def generate_steps(
-    model: GPTModel,
+    model: GPTModel | Decoder,
     input_ids: Tensor | Sequence,  # (T,), (B, T), or lists of unequal length
     length: int = 100,  # new tokens
     temperature: float = 1.0,
@@ -329,10 +315,12 @@ def generate_steps(
     end_of_text: int | None = None,  # a row ends when it draws this id
     seed: int | Sequence[int] | None = None,  # row b uses seed + b, or seed[b]
     slide: bool = False,  # past the context: go on with the newer half of it
+    deterministic: bool = False,  # a row is to the last bit what it is alone
 ) -> Iterator[Tokens]:  # one a step
     """Write step by step, as `generate_text` does; all checks happen at the call."""
     texts = as_rows(input_ids, model.config.vocab_size)
-    check_room(texts, length, model.max_positions, slide)
+    limit = limit_of(model)
+    check_room(texts, length, limit, slide)
     check_sampling(temperature, top_k, top_p)
     if end_of_text is not None and not is_whole(end_of_text):
         raise ValueError(f"end_of_text={end_of_text!r} must be a token id or None")
@@ -344,11 +332,13 @@ def generate_steps(
     def choose(logits, rows, step):
         return draw(*candidates(logits, temperature, top_k, top_p), luck[rows, step])
 
-    return write(model, texts, length, choose, end_of_text)
+    room = min(max(map(len, texts)) + max(length, 1), limit or math.inf)
+    decoder = ready(model, len(texts), room, deterministic)
+    return write(decoder, texts, length, choose, end_of_text, limit)
 
 # %% ../nbs/06_generation.ipynb #d2c99f4f
 def generate_text(
-    model: GPTModel,
+    model: GPTModel | Decoder,
     input_ids: Tensor | Sequence,  # (T,), (B, T), or lists of unequal length
     length: int = 100,  # new tokens; 0 returns the prompts
     temperature: float = 1.0,  # 0 is greedy
@@ -356,7 +346,7 @@ def generate_text(
     top_p: float | None = None,
     *,
     log_probs: bool = False,  # also return those of the new tokens, a list a row
-    **options,  # end_of_text, seed, slide: see `generate_steps`
+    **options,  # end_of_text, seed, slide, deterministic: see `generate_steps`
 ) -> list[list[int]]:  # prompt and new tokens of each row, with its end-of-text
     """Continue each prompt, in one batch.
 

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['FLAGS', 'FORMS', 'REST', 'TILE', 'TILES', 'MATHS', 'LINEAR', 'SMALL', 'STORE', 'ATTEND', 'DEFAULTS', 'SOURCE', 'lib',
            'ACTIVATIONS', 'cache_folder', 'processor_name', 'compile_library', 'library', 'Weight', 'weight_of',
-           'address', 'bind', 'native_linear']
+           'address', 'in_c', 'bind', 'native_linear']
 
 # %% ../nbs/02c_native_kernels.ipynb #natv0004
 import ctypes
 import functools
 import hashlib
+import numbers
 import os
 import platform
 import shutil
@@ -408,6 +409,15 @@ def address(x: Tensor | None) -> ctypes.c_void_p | None:
     return None if x is None else ctypes.c_void_p(x.data_ptr())
 
 
+def in_c(x):
+    """An argument as C takes it: an address, a long or a float."""
+    if x is None or isinstance(x, Tensor):
+        return address(x)
+    if isinstance(x, numbers.Integral):
+        return ctypes.c_long(int(x))
+    return ctypes.c_float(x) if isinstance(x, numbers.Real) else x
+
+
 def bind(
     function: str,  # a name in the library
     *arguments,     # tensors, whole numbers, floats, None, or ctypes objects
@@ -415,9 +425,7 @@ def bind(
     """A call of the library with all its arguments in place.
 
     A ctypes object is passed as it is: change its `.value` to change the call."""
-    kinds = {Tensor: address, nn.Parameter: address, int: ctypes.c_long,
-             float: ctypes.c_float}
-    converted = [kinds.get(type(a), lambda a: a)(a) for a in arguments]
+    converted = [in_c(argument) for argument in arguments]
     call = functools.partial(getattr(library(), function), *converted)
     call.held = arguments  # tensors must live as long as their addresses are known
     return call

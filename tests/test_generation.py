@@ -515,7 +515,8 @@ def test_modes_and_gradients_come_back():
     modes = [m.training for m in model.modules()]
     steps = generate_steps(model, [1, 2], 5, seed=0)
     next(steps)
-    assert not model.training and torch.is_grad_enabled(), "no_grad leaks out of the iterator"
+    assert [m.training for m in model.modules()] == modes, "the caller's model changes mode"
+    assert torch.is_grad_enabled(), "no_grad leaks out of the iterator"
     del steps
     assert [m.training for m in model.modules()] == modes and torch.is_grad_enabled()
     generate_text(model, [1, 2], 5)
