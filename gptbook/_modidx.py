@@ -608,6 +608,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'gptbook.moe.train_router': ('mixture_of_experts.html#train_router', 'gptbook/moe.py'),
                              'gptbook.moe.within_capacity': ('mixture_of_experts.html#within_capacity', 'gptbook/moe.py')},
             'gptbook.native': { 'gptbook.native.Weight': ('native_kernels.html#weight', 'gptbook/native.py'),
+                                'gptbook.native.Weight.sizes': ('native_kernels.html#weight.sizes', 'gptbook/native.py'),
                                 'gptbook.native.address': ('native_kernels.html#address', 'gptbook/native.py'),
                                 'gptbook.native.bind': ('native_kernels.html#bind', 'gptbook/native.py'),
                                 'gptbook.native.cache_folder': ('native_kernels.html#cache_folder', 'gptbook/native.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['straight_through', 'fake_quantize', 'Observer', 'observers', 'freeze_observers', 'freeze_after', 'StaticInt8Linear',
-           'fake_weight', 'fake_tokens', 'FakeQuantLinear', 'FakeQuantEmbedding', 'prepare_qat', 'qat_options',
-           'make_static', 'static_shapes', 'convert', 'unwrap', 'observed']
+           'fake_weight', 'fake_tokens', 'FakeQuantLinear', 'stored_layer', 'FakeQuantEmbedding', 'prepare_qat',
+           'qat_options', 'make_static', 'static_shapes', 'convert', 'unwrap', 'observed']
 
 # %% ../nbs/02aa_quantization_aware_training.ipynb #qatc0004
 from collections.abc import Callable
@@ -84,7 +84,7 @@ def observers(model: nn.Module) -> dict[str, Observer]:  # by name
         raise ValueError(f"{what}: train the prepared model first")
     return found
 
-
+# %% ../nbs/02aa_quantization_aware_training.ipynb #qatc0c29
 def freeze_observers(model: nn.Module) -> int:  # how many there are
     """Let the scale of each observer stay as it is; raises as `observers` does."""
     found = observers(model)
@@ -92,7 +92,7 @@ def freeze_observers(model: nn.Module) -> int:  # how many there are
         observer.frozen.fill_(True)
     return len(found)
 
-
+# %% ../nbs/02aa_quantization_aware_training.ipynb #qatc0b29
 def freeze_after(step: int) -> Callable:  # a callback for `train`
     """Freeze all observers when so many steps are done."""
     def callback(run: Run) -> None:
@@ -120,7 +120,7 @@ class StaticInt8Linear(QuantizedModule):
     def forward(self, x: Tensor) -> Tensor:
         step = self.amax.float() / 127
         x_q = (x.float() / step).round().clamp(-127, 127).to(torch.int8)
-        y = integer_product(x_q, self.weight_q) * step * self.scale.float().T
+        y = integer_product(x_q, self.weight_q) * step * self.scale.float().flatten()
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 # %% ../nbs/02aa_quantization_aware_training.ipynb #qatc0033
@@ -138,7 +138,7 @@ def fake_weight(
         nearest = dequantize_groups(q, scale.to(weight.dtype), group)
     return straight_through(weight, nearest)
 
-
+# %% ../nbs/02aa_quantization_aware_training.ipynb #qatc0d33
 def fake_tokens(x: Tensor) -> Tensor:  # (..., K)
     """Round activations to int8 with one scale a token; the slope is 1."""
     q, scale = quantize_tokens(x)
@@ -163,23 +163,27 @@ class FakeQuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training or torch.is_grad_enabled()):
-            return self.stored()(x)
+            return stored_layer(self)(x)
         x = x if self.inputs is None else self.inputs(x)
         weight = fake_weight(self.base.weight, self.bits, self.group)
         return F.linear(x, weight, self.base.bias)
 
-    def stored(self) -> QuantizedModule:
-        """The layer that `convert` puts here, made from the weights of now."""
-        weight, bias, group = self.base.weight, self.base.bias, self.group
-        if group is not None:
-            q, scale = quantize_groups(weight, group, self.bits)
-            packed, scale = pack_int4(q), scale.to(weight.dtype)
-            return Int4Linear(packed, scale, bias, weight.shape[1], group)
-        q, scale = quantize_rows(weight, self.bits)
-        dynamic = self.inputs is fake_tokens
-        linear = Int8Linear(q, scale.to(weight.dtype), bias, dynamic)
-        static = isinstance(self.inputs, Observer)
-        return StaticInt8Linear(linear, self.inputs.amax) if static else linear
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, group={self.group}"
+
+# %% ../nbs/02aa_quantization_aware_training.ipynb #qatc0b34
+def stored_layer(layer: FakeQuantLinear) -> QuantizedModule:
+    """The layer that `convert` puts in its place, made from the weights of now."""
+    weight, bias, group = layer.base.weight, layer.base.bias, layer.group
+    if group is not None:
+        q, scale = quantize_groups(weight, group, layer.bits)
+        packed, scale = pack_int4(q), scale.to(weight.dtype)
+        return Int4Linear(packed, scale, bias, weight.shape[1], group)
+    q, scale = quantize_rows(weight, layer.bits)
+    dynamic = layer.inputs is fake_tokens
+    linear = Int8Linear(q, scale.to(weight.dtype), bias, dynamic)
+    static = isinstance(layer.inputs, Observer)
+    return StaticInt8Linear(linear, layer.inputs.amax) if static else linear
 
 # %% ../nbs/02aa_quantization_aware_training.ipynb #qatc0a34
 class FakeQuantEmbedding(nn.Module):
@@ -272,8 +276,8 @@ def convert(model: GPTModel) -> list[str]:  # names of what was replaced
         raise ValueError("the model is not prepared: prepare_qat comes first")
     options, before = dict(entry[1]), list(model.transforms)
     if "bits" in options:
-        raise ValueError(f"bits={options['bits']} are for experiments: no module stores "
-                         "them; the prepared model in eval mode has their numbers")
+        raise ValueError(f"bits={options['bits']} are for experiments, and not stored: "
+                         "the prepared model in eval mode has their numbers")
     static, amax = options["scheme"] == "int8_static", {}
     if static:
         options["scheme"], amax = "int8_dynamic", observed(model)
