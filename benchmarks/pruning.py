@@ -18,12 +18,11 @@ from tqdm import tqdm
 
 from gptbook.checkpoints import load_demo
 from gptbook.data import TokenDataset, tokenize
-from gptbook.pruning import (
-    GradualPruning, head_scores, neuron_scores, prune, prune_heads, prune_neurons, sparsity,
-)
+from gptbook.pruning import GradualPruning, prune, sparsity
 from gptbook.runs import TrainConfig, use_kernel
 from gptbook.schedules import warmup_cosine
 from gptbook.stories import stories
+from gptbook.structured_pruning import head_scores, neuron_scores, prune_heads, prune_neurons
 from gptbook.training import evaluate_loss, train
 
 AMOUNTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from gptbook.core import GPTConfig, GPTModel, set_seed
 from gptbook.inference import KVCache
-from gptbook.pruning import finalize, prune, prune_heads, prune_neurons, sparsity
+from gptbook.pruning import finalize, prune, sparsity
+from gptbook.structured_pruning import prune_heads, prune_neurons
 
 PROMPT = 64
 ZEROS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
