@@ -116,6 +116,7 @@ class StaticInt8Linear(QuantizedModule):
         self.register_buffer("scale", base.scale)
         self.register_buffer("amax", amax)
         self.bias = base.bias
+        self.out_features, self.in_features = base.weight_q.shape
 
     def forward(self, x: Tensor) -> Tensor:
         step = self.amax.float() / 127
@@ -160,6 +161,7 @@ class FakeQuantLinear(nn.Module):
     ):
         super().__init__()
         self.base, self.bits, self.group, self.inputs = base, bits, group, inputs
+        self.in_features, self.out_features = base.in_features, base.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training or torch.is_grad_enabled()):
@@ -194,6 +196,7 @@ class FakeQuantEmbedding(nn.Module):
     def __init__(self, base: nn.Embedding):
         super().__init__()
         self.base = base
+        self.num_embeddings, self.embedding_dim = base.weight.shape
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return fake_tokens(self.base(input_ids))

@@ -13,6 +13,7 @@ import gptbook.moe  # noqa: F401
 import gptbook.recipes  # noqa: F401
 from gptbook.checkpoints import load_model, load_state, save_model
 from gptbook.core import LossModel, innermost, replace_modules
+from gptbook.decoder import Decoder
 from gptbook.precision import BFloat16
 from gptbook.qat import (
     FakeQuantEmbedding, FakeQuantLinear, Observer, StaticInt8Linear, convert, fake_quantize,
@@ -421,6 +422,28 @@ def test_a_run_is_not_resumed_with_another_scheme(tmp_path):
 
 
 # With others --------------------------------------------------------------------------
+@pytest.mark.parametrize("scheme", ALL)
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_decoder_writes_what_the_model_says(scheme, stored):
+    model = prepared(scheme)
+    if stored:
+        convert(model)
+    reader = Decoder(model, max_batch=3)
+    for start, end in ((0, 7), (7, 8), (8, 16)):
+        last = reader.read(IDS[:, start:end])
+        full = logits(model, IDS[:, :end])[:, -1]
+        torch.testing.assert_close(last, full, atol=1e-5, rtol=0)
+        assert torch.equal(last.argmax(-1), full.argmax(-1))
+
+
+def test_static_rows_do_not_know_their_neighbours():
+    model = prepared("int8_static")
+    layer = stored_layer(model.blocks[0].mlp.fc_in)
+    x = torch.randn(6, 5, 16)
+    for rows in ([0], [3, 1], [5, 4, 3, 2, 1, 0]):
+        assert torch.equal(layer(x[rows]), layer(x)[rows])
+
+
 def test_it_trains_in_bfloat16():
     model = prepared("int8_dynamic")
     before = copy.deepcopy(model.state_dict())
