@@ -31,10 +31,10 @@ class StoredLinear(nn.Linear):
 
     native = True  # its sums are those of `nn.Linear`
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):  # (N, K), (N,)
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None):
         nn.Module.__init__(self)
-        self.out_features, self.in_features = weight.shape
-        self.weight, self.bias = nn.Parameter(weight, requires_grad=False), bias
+        self.out_features, self.in_features = weight.shape  # (N, K)
+        self.weight, self.bias = weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.bias)
@@ -43,10 +43,10 @@ class StoredLinear(nn.Linear):
 class StoredEmbedding(nn.Module):
     """A table whose rows are widened when they are read."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype):  # (V, C)
+    def __init__(self, weight: nn.Parameter, dtype: torch.dtype):
         super().__init__()
-        self.num_embeddings, self.embedding_dim = weight.shape
-        self.weight, self.dtype = nn.Parameter(weight, requires_grad=False), dtype
+        self.num_embeddings, self.embedding_dim = weight.shape  # (V, C)
+        self.weight, self.dtype = weight, dtype
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight).to(self.dtype)
@@ -65,7 +65,7 @@ def store_as(model: GPTModel, dtype: torch.dtype) -> None:
     def make(name: str, module: nn.Module) -> nn.Module:
         weight, key = module.weight, id(module.weight)
         if key not in narrow:
-            narrow[key] = weight.detach().to(dtype)
+            narrow[key] = nn.Parameter(weight.detach().to(dtype), False)
         if isinstance(module, nn.Embedding):
             return StoredEmbedding(narrow[key], weight.dtype)
         return StoredLinear(narrow[key], module.bias)
@@ -282,7 +282,7 @@ class NativeModel(NativeSteps):
         self,
         x: Tensor,          # (M, C), embedded
         buffers: Sequence,  # of each layer: keys and values (B, K, size, D)
-        last: Tensor,       # (B,), which of the M is each row's last token
+        last: Tensor | None,  # (B,), each row's last of the M; None: all, in order
     ) -> Tensor:            # (B, V), overwritten by the next step
         """Write keys and values, and give the logits of each row's last token."""
         self.x[: len(x)] = x
@@ -291,21 +291,23 @@ class NativeModel(NativeSteps):
                 pointer.value = held.data_ptr()
         for call in self.body:
             call()
-        self.M.value = B = len(last)
-        if B < len(x):
+        B = len(x) if last is None else len(last)
+        if last is not None:
             self.x[:B] = self.x[last]
+        self.M.value = B
         for call in self.calls:
             call()
         return self.logits[:B]
 
 # %% ../nbs/02d_decoder.ipynb #deco0026
-def tokens_of(where: Positions, B: int) -> tuple[Tensor, ...]:  # (M,), (M,), (B,)
+def tokens_of(where: Positions, B: int) -> tuple:  # (M,), (M,), (B,) or None
     """Row and position of each real token, row by row; which is each row's last."""
     index = where.index.expand(B, -1)
     if where.aligned:
         T = index.shape[1]
         row = torch.arange(B).repeat_interleave(T)
-        return row, index.flatten(), torch.arange(T - 1, B * T, T)
+        last = None if T == 1 else torch.arange(T - 1, B * T, T)
+        return row, index.flatten(), last
     row, column = (index >= 0).nonzero(as_tuple=True)
     last = (index >= 0).sum(1).cumsum(0) - 1
     return row, index[row, column], last.clamp(min=0)
