@@ -164,7 +164,8 @@ class FakeQuantLinear(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training or torch.is_grad_enabled()):
+        evaluated = not (self.training or torch.is_grad_enabled())
+        if evaluated and getattr(self.inputs, "amax", 1) > 0:
             return stored_layer(self)(x)
         x = x if self.inputs is None else self.inputs(x)
         weight = fake_weight(self.base.weight, self.bits, self.group)
@@ -288,7 +289,7 @@ def convert(model: GPTModel) -> list[str]:  # names of what was replaced
     model.transforms.remove(entry)
     try:
         names = quantize(model, **options)
-    except ValueError:
+    except Exception:
         replace_modules(model, lambda _, m: m in wrappers, lambda _, m: wrappers[m])
         model.transforms[:] = before
         raise

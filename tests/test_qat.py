@@ -436,6 +436,11 @@ def test_a_decoder_writes_what_the_model_says(scheme, stored):
         assert torch.equal(last.argmax(-1), full.argmax(-1))
 
 
+def test_before_it_has_seen_anything_a_static_model_rounds_weights_only():
+    static, plain = prepared("int8_static", watched=False), prepared("int8")
+    torch.testing.assert_close(logits(static), logits(plain), atol=1e-6, rtol=0)
+
+
 def test_static_rows_do_not_know_their_neighbours():
     model = prepared("int8_static")
     layer = stored_layer(model.blocks[0].mlp.fc_in)
