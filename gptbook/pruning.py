@@ -15,6 +15,7 @@ from .core import TRANSFORMS, GPTModel, without_base
 from .runs import Run
 
 # %% ../nbs/02b_pruning.ipynb #prnu0009
+#| code-fold: true
 def check_amount(amount: float) -> float:
     """Raise `ValueError` unless this is a share in [0, 1)."""
     if type(amount) not in (int, float) or not 0 <= amount < 1:
@@ -28,18 +29,18 @@ def check_scope(scope: str) -> None:
     if scope not in ("global", "layer"):
         raise ValueError(f"scope={scope!r} must be 'global' or 'layer'")
 
-
+# %% ../nbs/02b_pruning.ipynb #prnu0010
 def all_but_smallest(
     weight: Tensor,  # of any shape
     amount: float,   # the share that goes, in [0, 1)
 ) -> Tensor:         # bool, True where the weight stays
     """Keep all but the smallest by magnitude (Han et al. 2015, §3)."""
-    kept = torch.ones_like(weight, dtype=torch.bool)
     n = round(check_amount(amount) * weight.numel())
-    kept.view(-1)[weight.abs().flatten().topk(n, largest=False).indices] = False
-    return kept
+    kept = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
+    kept[weight.abs().flatten().topk(n, largest=False).indices] = False
+    return kept.view(weight.shape)
 
-# %% ../nbs/02b_pruning.ipynb #prnu0013
+# %% ../nbs/02b_pruning.ipynb #prnu0014
 def two_of_four(
     weight: Tensor,  # (N, K), K divisible by 4
 ) -> Tensor:         # bool, True for the two largest of every four along K
@@ -51,7 +52,7 @@ def two_of_four(
     kept = torch.zeros_like(fours, dtype=torch.bool)
     return kept.scatter_(-1, fours.topk(2).indices, True).flatten(-2)
 
-# %% ../nbs/02b_pruning.ipynb #prnu0016
+# %% ../nbs/02b_pruning.ipynb #prnu0017
 class Mask(nn.Module):
     """A parametrization: what it hides reads as exactly zero, whatever lies below."""
 
@@ -62,7 +63,7 @@ class Mask(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return weight.masked_fill(~self.kept, 0.0)
 
-
+# %% ../nbs/02b_pruning.ipynb #prnu0019
 def mask_of(module: nn.Module) -> Mask | None:
     """The mask on a module's weight, if there is one."""
     held = getattr(module, "parametrizations", {})
@@ -79,7 +80,7 @@ def set_mask(linear: nn.Module, kept: Tensor) -> None:
         mask.kept &= kept
     linear.parametrizations.weight.original.copy_(linear.weight)
 
-# %% ../nbs/02b_pruning.ipynb #prnu0018
+# %% ../nbs/02b_pruning.ipynb #prnu0021
 def prunable(
     model: GPTModel,
     keep: tuple = (),  # last name parts of linears that are left alone
@@ -94,7 +95,7 @@ def prunable(
         raise ValueError(f"the blocks have no linear but {keep}: nothing to prune")
     return found
 
-
+# %% ../nbs/02b_pruning.ipynb #prnu0022
 def choose_masks(
     weights: dict,        # {name: tensor}
     amount: float | str,  # a share in [0, 1), or "2:4"
@@ -110,7 +111,7 @@ def choose_masks(
     parts = all_but_smallest(flat, amount).split([w.numel() for w in weights.values()])
     return {name: part.view_as(weights[name]) for name, part in zip(weights, parts)}
 
-# %% ../nbs/02b_pruning.ipynb #prnu0019
+# %% ../nbs/02b_pruning.ipynb #prnu0023
 @torch.no_grad()
 def prune(
     model: GPTModel,      # changed in place
@@ -132,7 +133,7 @@ def prune(
         model.transforms.append(["prune", {"modules": new}])
     return [*linears]
 
-
+# %% ../nbs/02b_pruning.ipynb #prnu0025
 def restore_masks(model: GPTModel, modules: list) -> None:
     """Put masks that hide nothing on these linears: their values come from a file."""
     linears = prunable(model)
@@ -146,14 +147,14 @@ def restore_masks(model: GPTModel, modules: list) -> None:
 
 TRANSFORMS["prune"] = restore_masks
 
-# %% ../nbs/02b_pruning.ipynb #prnu0025
+# %% ../nbs/02b_pruning.ipynb #prnu0031
 def sparsity(model: GPTModel) -> float:
     """The share of zeros among the weights of the blocks' linears."""
     weights = [linear.weight for linear in prunable(model).values()]
     zeros = sum((weight == 0).sum().item() for weight in weights)
     return zeros / sum(weight.numel() for weight in weights)
 
-
+# %% ../nbs/02b_pruning.ipynb #prnu0032
 @torch.no_grad()
 def bake(linear: nn.Module) -> None:
     """Write the masked weight into the parameter, which stays the same object."""
@@ -178,7 +179,7 @@ def finalize(model: GPTModel) -> list[str]:  # the names of the linears that had
     model.transforms[:] = [t for t in model.transforms if t[0] != "prune"]
     return [*masked]
 
-# %% ../nbs/02b_pruning.ipynb #prnu0038
+# %% ../nbs/02b_pruning.ipynb #prnu0047
 def cubic_sparsity(
     step: int,     # now
     begin: int,    # the first step at which weights go

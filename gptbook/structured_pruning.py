@@ -90,10 +90,10 @@ def kept_groups(
                          f"{n_groups} key heads: those that stay must serve equally")
     return sorted(serves)
 
-# %% ../nbs/02ba_structured_pruning.ipynb #prns0017
+# %% ../nbs/02ba_structured_pruning.ipynb #prns0018
 def kept_units(
-    layer: int | str,
-    kind: str,          # "head" or "neuron", for the message
+    where: str,         # for the message
+    kind: str,          # "head" or "neuron"
     removed: Iterable,  # indices
     count: int,         # how many there are
 ) -> list[int]:         # indices that stay, in order
@@ -101,14 +101,14 @@ def kept_units(
     removed = set(removed)
     for unit in removed:
         if type(unit) is not int or not 0 <= unit < count:
-            raise ValueError(f"layer {layer} has no {kind} {unit!r}: it has {count} "
+            raise ValueError(f"{where} has no {kind} {unit!r}: it has {count} "
                              f"(0 to {count - 1})")
     if len(removed) == count:
-        raise ValueError(f"layer {layer} would lose all of its {count} {kind}s: "
+        raise ValueError(f"{where} would lose all of its {count} {kind}s: "
                          "at least one must stay")
     return [unit for unit in range(count) if unit not in removed]
 
-# %% ../nbs/02ba_structured_pruning.ipynb #prns0018
+# %% ../nbs/02ba_structured_pruning.ipynb #prns0020
 def head_plan(layer: int, attn: MultiHeadAttention, kept: list[int]) -> dict:
     """{name: (rows, columns)} that stay when these heads stay."""
     D = attn.head_dim
@@ -119,7 +119,7 @@ def head_plan(layer: int, attn: MultiHeadAttention, kept: list[int]) -> dict:
             "out_proj": (None, rows)}
     return {f"blocks.{layer}.attn.{part}": cut for part, cut in plan.items()}
 
-# %% ../nbs/02ba_structured_pruning.ipynb #prns0020
+# %% ../nbs/02ba_structured_pruning.ipynb #prns0022
 class HeadBias(nn.Module):
     """A bias of the scores for the heads that stayed (ALiBi has a slope a head)."""
 
@@ -131,7 +131,7 @@ class HeadBias(nn.Module):
         bias = self.base(q_pos, k_pos)
         return bias if bias.shape[1] == 1 else bias[:, self.kept]
 
-# %% ../nbs/02ba_structured_pruning.ipynb #prns0021
+# %% ../nbs/02ba_structured_pruning.ipynb #prns0023
 def keep_heads(
     model: GPTModel,  # changed in place
     kept: dict,       # {layer: indices of the heads that stay, in order}
@@ -144,7 +144,7 @@ def keep_heads(
             raise ValueError(f"there is no layer {layer}: the model has {len(attns)}")
         count = head_counts(attns[layer])[0]
         dropped = set(range(count)) - set(heads)
-        if heads != kept_units(layer, "head", dropped, count):
+        if heads != kept_units(f"layer {layer}", "head", dropped, count):
             raise ValueError(f"layer {layer} has {count} heads, it cannot keep {heads}")
         plan |= head_plan(layer, attns[layer], heads)
     narrow_all(model, plan)
@@ -157,7 +157,7 @@ def keep_heads(
 
 TRANSFORMS["prune_heads"] = keep_heads
 
-# %% ../nbs/02ba_structured_pruning.ipynb #prns0027
+# %% ../nbs/02ba_structured_pruning.ipynb #prns0029
 def feed_forwards(model: GPTModel) -> dict[str, list[str]]:
     """{name of a part with `fc_out`: names of the linears that fill its neurons}."""
     found = {}
@@ -173,7 +173,7 @@ def feed_forwards(model: GPTModel) -> dict[str, list[str]]:
         raise ValueError("the model has no feed-forward with fc_out: nothing to prune")
     return found
 
-# %% ../nbs/02ba_structured_pruning.ipynb #prns0028
+# %% ../nbs/02ba_structured_pruning.ipynb #prns0030
 def keep_neurons(
     model: GPTModel,  # changed in place
     kept: dict,       # {name of a part: its neurons that stay, or how many}
@@ -184,7 +184,9 @@ def keep_neurons(
         if name not in parts:
             raise ValueError(f"there is no feed-forward {name!r}: {[*parts]}")
         count = model.get_submodule(name).fc_out.in_features
-        units = list(range(units)) if type(units) is int else list(units)
+        if type(units) is int:  # from a file: no list longer than need be
+            units = range(min(units, count + 1))
+        units = list(units)
         if units != kept_units(name, "neuron", set(range(count)) - set(units), count):
             raise ValueError(f"{name} has {count} neurons, it cannot keep {len(units)}")
         plan[f"{name}.fc_out"] = None, units
@@ -196,7 +198,7 @@ def keep_neurons(
 
 TRANSFORMS["prune_neurons"] = keep_neurons
 
-# %% ../nbs/02ba_structured_pruning.ipynb #prns0034
+# %% ../nbs/02ba_structured_pruning.ipynb #prns0037
 @contextmanager
 def inputs_of(linears: dict) -> Iterator[dict]:
     """Within, {key: what that linear read last}, each a part of the loss's graph."""
@@ -213,7 +215,7 @@ def inputs_of(linears: dict) -> Iterator[dict]:
         for hook in hooks:
             hook.remove()
 
-# %% ../nbs/02ba_structured_pruning.ipynb #prns0035
+# %% ../nbs/02ba_structured_pruning.ipynb #prns0039
 def unit_effects(x: Tensor, grad: Tensor, size: int) -> Tensor:  # (units,)
     """Sum over rows of |value x gradient|, summed over tokens and the unit first."""
     effect = (x.detach() * grad).unflatten(-1, (-1, size)).sum(-1)  # (B, T, units)
@@ -240,7 +242,7 @@ def gradient_scores(
                     scores[key] += unit_effects(x, grad, linears[key][1])
     return scores
 
-# %% ../nbs/02ba_structured_pruning.ipynb #prns0036
+# %% ../nbs/02ba_structured_pruning.ipynb #prns0041
 def head_scores(
     model: GPTModel,
     batches: Iterable | None = None,  # (input_ids, targets): by gradient
@@ -258,7 +260,7 @@ def head_scores(
         scores[layer] = out * value.repeat_interleave(H // K)
     return scores
 
-# %% ../nbs/02ba_structured_pruning.ipynb #prns0037
+# %% ../nbs/02ba_structured_pruning.ipynb #prns0042
 def neuron_scores(
     model: GPTModel,
     batches: Iterable | None = None,  # (input_ids, targets): by gradient
@@ -277,7 +279,7 @@ def neuron_scores(
         scores[name] = score
     return scores
 
-# %% ../nbs/02ba_structured_pruning.ipynb #prns0042
+# %% ../nbs/02ba_structured_pruning.ipynb #prns0047
 def lowest(
     scores: dict,    # {key: scores of its units (n,)}
     amount: float,   # the share that goes, in [0, 1)
@@ -301,7 +303,7 @@ def lowest(
             asked -= 1
     return {key: sorted(units) for key, units in chosen.items()}
 
-# %% ../nbs/02ba_structured_pruning.ipynb #prns0043
+# %% ../nbs/02ba_structured_pruning.ipynb #prns0048
 def lowest_heads(scores: dict, amount: float, scope: str, n_groups: dict) -> dict:
     """The same of heads: in whole groups where a layer has several, for the cache."""
     grouped = {layer: 1 < K < len(scores[layer]) for layer, K in n_groups.items()}
@@ -312,7 +314,7 @@ def lowest_heads(scores: dict, amount: float, scope: str, n_groups: dict) -> dic
                     for i in range(sizes[layer])]
             for layer, groups in lowest(units, amount, scope).items()}
 
-# %% ../nbs/02ba_structured_pruning.ipynb #prns0044
+# %% ../nbs/02ba_structured_pruning.ipynb #prns0052
 def prune_heads(
     model: GPTModel,         # changed in place: its linears get smaller
     remove: dict | float,    # {layer: heads}, or a share in [0, 1)
@@ -331,12 +333,13 @@ def prune_heads(
     for layer, heads in remove.items():
         if layer not in attns:
             raise ValueError(f"there is no layer {layer!r}: the model has {len(attns)}")
-        kept[layer] = kept_units(layer, "head", heads, head_counts(attns[layer])[0])
+        count = head_counts(attns[layer])[0]
+        kept[layer] = kept_units(f"layer {layer}", "head", heads, count)
     if any(remove.values()):
         keep_heads(model, {layer: kept[layer] for layer in kept if remove[layer]})
     return {layer: sorted(set(heads)) for layer, heads in remove.items() if heads}
 
-# %% ../nbs/02ba_structured_pruning.ipynb #prns0045
+# %% ../nbs/02ba_structured_pruning.ipynb #prns0053
 def prune_neurons(
     model: GPTModel,         # changed in place: its linears get smaller
     remove: dict | float,    # {layer or name: neurons}, or a share in [0, 1)

@@ -44,6 +44,12 @@ def test_the_smallest_go(shape, amount):
         assert weight[~kept].abs().max() < weight[kept].abs().min()
 
 
+def test_views_are_pruned_like_copies():
+    weight = torch.randn(6, 8).T
+    assert torch.equal(all_but_smallest(weight, 0.4), all_but_smallest(weight.clone(), 0.4))
+    assert torch.equal(two_of_four(weight.T.T[:, :4]), two_of_four(weight[:, :4].clone()))
+
+
 def test_equal_weights_go_by_number():
     assert (~all_but_smallest(torch.ones(10, 10), 0.3)).sum() == 30
 
