@@ -101,6 +101,7 @@ BAD = {
         *(f"--top-p {x}" for x in ["0", "-0.1", "1.1", "nan", "inf", "most", "''"]),
         *(f"--length {x}" for x in ["0", "-1", "1.5", "long", "1000000", "''"]),
         *(f"--number {x}" for x in ["0", "-1", "257", "2.5", "x"]),
+        *(f"--quantize {x}" for x in ["int3", "8", "''"]),
         *(f"--seed {x}" for x in BAD_SEEDS), *(f"--device {x}" for x in BAD_DEVICES),
         "--prompt '" + "the mat " * 99 + "'", "--prompt '\ud800'", "--colour red", "more words",
         "--length", "--prompt Once upon a time", "--temp", "-x", "--top_k 5",
@@ -147,6 +148,8 @@ BAD = {
           ["there.pt", "run", "good.txt/new", "/dev/null/new", "/proc/none/new", "x" * 300,
            "'\0'", *NAMES]),
         "--checkpoint best_model.safetensors --to transformers --out new --force",
+        "--checkpoint best_model.safetensors --to pt --out new.pt --quantize int8",
+        "--checkpoint best_model.safetensors --to safetensors --out new.safetensors --quantize 8",
         "--checkpoint missing.gguf --to safetensors --out new.safetensors",
     ],
     "corpus": [
@@ -277,8 +280,8 @@ FLAGS = {
              "learning-rate tokenizer vocab-size seed device precision schedule accumulate "
              "less-memory compile threads sample-every "
              "quiet",
-    "generate": "checkpoint prompt length temperature top-k top-p number seed device",
-    "export": "checkpoint to out force",
+    "generate": "checkpoint prompt length temperature top-k top-p number quantize seed device",
+    "export": "checkpoint to out quantize force",
     "corpus": "data encoding number vocab-size check",
 }
 
@@ -604,6 +607,29 @@ def test_export_there_and_back(here, tmp_path, capsys):
     assert "--force" in capsys.readouterr().err
     assert run(f"--checkpoint best_model.safetensors --to pt --out {pt} --force") == 0
     assert capsys.readouterr().out.startswith(f"{pt}: ")
+
+
+def test_a_folder_that_is_there_is_not_written_over(here, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    assert main(["export", "--checkpoint", "best_model.safetensors", "--to", "transformers",
+                 "--out", str(tmp_path / "full")]) == 2
+    said = capsys.readouterr().err
+    assert "is there already" in said and "bytes" not in said
+    assert (tmp_path / "full" / "file").read_text() == "mine"
+
+
+def test_quantized_checkpoints_are_written_and_used(here, tmp_path, capsys):
+    small = tmp_path / "small.safetensors"
+    assert main(["export", "--checkpoint", "best_model.safetensors", "--to", "safetensors",
+                 "--quantize", "int8", "--out", str(small)]) == 0
+    capsys.readouterr()
+    settings = "--length 12 --temperature 0 --prompt 'The cat' "
+    stored = generate(capsys, f"--checkpoint {small} {settings}")[0]
+    assert stored == generate(
+        capsys, f"--checkpoint best_model.safetensors --quantize int8 {settings}")[0]
+    assert main(["generate", "--checkpoint", str(small), "--quantize", "int8"]) == 2
+    assert "already" in capsys.readouterr().err
 
 
 def test_export_to_transformers_and_back(here, tmp_path, capsys):
