@@ -12,15 +12,17 @@ __version__ = "0.1.0"
 
 from gptbook.checkpoints import CheckpointError, load_demo, load_model, save_model
 from gptbook.core import GPTConfig, GPTModel, pick_device, set_seed
+from gptbook.decoder import Decoder
 from gptbook.generation import generate_text
 from gptbook.inference import KVCache
-from gptbook import recipes as _recipes  # noqa: F401, registers them
+from gptbook.quantization import quantize
+from gptbook import pruning, qat, recipes, structured_pruning  # noqa: F401, they register
 from gptbook.runs import TrainConfig
 from gptbook.tokenizer import Tokenizer, train_bpe
 from gptbook.training import train
 
 __all__ = [
-    "CheckpointError", "GPTConfig", "GPTModel", "KVCache", "TrainConfig", "Tokenizer",
-    "generate_text", "load_demo", "load_model", "pick_device", "save_model", "set_seed",
-    "train", "train_bpe",
+    "CheckpointError", "Decoder", "GPTConfig", "GPTModel", "KVCache", "TrainConfig", "Tokenizer",
+    "generate_text", "load_demo", "load_model", "pick_device", "quantize", "save_model",
+    "set_seed", "train", "train_bpe",
 ]

@@ -12,11 +12,13 @@ import copy
 import ctypes
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .batch_invariance import batch_invariant
 from gptbook.core import (
     Block, Causal, FeedForward, GPTModel, MultiHeadAttention, Positions, embed,
     naive_attention, replace_modules, sdpa,
@@ -367,9 +369,9 @@ class Reader(NativeReader):
             rows = max(max_batch, 64 if deterministic else 16)
             self.native = NativeModel(model, rows, self.cache.sizes)
         if deterministic and not (self.native and self.native.all_native):
-            raise ValueError(
-                "deterministic=True needs a C compiler, weights in float32, bfloat16 "
-                "or int8 on a CPU, and parts that all have a native form")
+            self.native = None
+            with batch_invariant(model):
+                pass  # raises where it cannot be had
 
     @torch.no_grad()
     def read(
@@ -387,10 +389,12 @@ class Reader(NativeReader):
         where = self.cache.begin(B, T, positions)
         if self.native and self.fits(B, T):
             return self.by_calls(input_ids, where)
-        if self.deterministic:
+        if self.native and self.deterministic:
             return self.in_parts(input_ids, where)
-        features = self.model.features(input_ids, positions=positions, cache=self.cache)
-        return self.model.head(features[:, -1])
+        model, cache = self.model, self.cache
+        with batch_invariant(model) if self.deterministic else nullcontext():
+            features = model.features(input_ids, positions=positions, cache=cache)
+            return model.head(features[:, -1])
 
 # %% ../nbs/02d_decoder.ipynb #deco0028
 class Decoder(Reader):
