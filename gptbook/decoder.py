@@ -33,10 +33,11 @@ class StoredLinear(nn.Linear):
 
     native = True  # its sums are those of `nn.Linear`
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None):
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape  # (N, K)
-        self.weight, self.bias = weight, bias
+        self.register_buffer("weight", weight)  # a parameter would take the model's type
+        self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.bias)
@@ -45,10 +46,11 @@ class StoredLinear(nn.Linear):
 class StoredEmbedding(nn.Module):
     """A table whose rows are widened when they are read."""
 
-    def __init__(self, weight: nn.Parameter, dtype: torch.dtype):
+    def __init__(self, weight: Tensor, dtype: torch.dtype):
         super().__init__()
         self.num_embeddings, self.embedding_dim = weight.shape  # (V, C)
-        self.weight, self.dtype = weight, dtype
+        self.register_buffer("weight", weight)
+        self.dtype = dtype
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight).to(self.dtype)
@@ -67,7 +69,7 @@ def store_as(model: GPTModel, dtype: torch.dtype) -> None:
     def make(name: str, module: nn.Module) -> nn.Module:
         weight, key = module.weight, id(module.weight)
         if key not in narrow:
-            narrow[key] = nn.Parameter(weight.detach().to(dtype), False)
+            narrow[key] = weight.detach().to(dtype)
         if isinstance(module, nn.Embedding):
             return StoredEmbedding(narrow[key], weight.dtype)
         return StoredLinear(narrow[key], module.bias)
