@@ -36,7 +36,8 @@ class StoredLinear(nn.Linear):
     def __init__(self, weight: Tensor, bias: nn.Parameter | None):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape  # (N, K)
-        self.register_buffer("weight", weight)  # a parameter would take the model's type
+        # a parameter would be cast to the type of the one that it replaces
+        self.register_buffer("weight", weight)
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ def store_as(model: GPTModel, dtype: torch.dtype) -> None:
 
 # %% ../nbs/02d_decoder.ipynb #deco0012
 def prepared(model: GPTModel, dtype, scheme: str | None) -> GPTModel:
-    """The model in evaluation mode and in another form; the given one stays as it is."""
+    """The model in evaluation mode and another form; the given one stays as it is."""
     if dtype is not None and scheme is not None:
         raise ValueError(f"dtype={dtype} and quantize={scheme!r}: choose one")
     if dtype is not None and not getattr(dtype, "is_floating_point", False):
@@ -223,7 +224,7 @@ class NativeBlocks(NativeCalls):
 
 # %% ../nbs/02d_decoder.ipynb #deco0024
 class NativeSteps(NativeBlocks):
-    """All that a model does after its embedding, for tokens that a `KVCache` expects."""
+    """All that a model does after its embedding, for tokens that a cache expects."""
 
     def __init__(self, model: GPTModel, rows: int, sizes: Sequence[int]):
         super().__init__(model, rows, sizes)
