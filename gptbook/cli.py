@@ -261,8 +261,8 @@ def write_texts(checkpoint, number, prompt, length, temperature, top_k, top_p,
         end_of_text=tokenizer.end_of_text, seed=seed, slide=True,
     )
     device = next(model.parameters()).device
-    form = f" in {quantize}" if quantize else ""
-    click.echo(f"{describe(checkpoint)}{form}\non {device}, --seed {seed}\n", err=True)
+    form = f"in {quantize}, " if quantize else ""
+    click.echo(f"{describe(checkpoint)}\n{form}on {device}, --seed {seed}\n", err=True)
     print_one(tokenizer, prompt, steps) if number == 1 else print_all(
         tokenizer, prompt, steps)
 

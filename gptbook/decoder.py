@@ -332,8 +332,9 @@ class NativeReader:
         cache, native, B = self.cache, self.native, len(input_ids)
         x = self.model.position_embedding(embed(self.model, input_ids), where)
         row, position, last = tokens_of(where, B)
-        real = where.index.expand(B, -1).flatten() >= 0
-        x = x.flatten(0, 1) if where.aligned else x.flatten(0, 1)[real]
+        x = x.flatten(0, 1)
+        if not where.aligned:  # leave the padding out
+            x = x[where.index.expand(B, -1).flatten() >= 0]
         buffers = cache.buffers
         if cache.batch is None:
             new = [x.new_zeros(1).expand(B, K, input_ids.shape[1], D)
