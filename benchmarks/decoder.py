@@ -276,7 +276,7 @@ def batches(model, ids, options) -> dict:
 def prefill(model, theirs, options) -> dict:
     """Operations a second while 512 tokens are read, over the best product of matrices."""
     ids = torch.randint(model.config.vocab_size, (1, 512))
-    decoder = Decoder(model, 1, 512)
+    decoder = Decoder(model, 1, 512, tune=True)
     cost = token_cost(model, 0, n_tokens=512, n_logits=1)
     seconds, other, best = [], [], []
     for _ in range(options.rounds + 1):

@@ -12,7 +12,6 @@ import copy
 import ctypes
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ from gptbook.core import (
     naive_attention, replace_modules, sdpa,
 )
 from .inference import KVCache, hold
-from .native import ACTIVATIONS, bind, library, weight_of
+from .native import ACTIVATIONS, PromptKernels, bind, library, weight_of
 from .quantization import quantize as quantize_model
 
 # %% ../nbs/02d_decoder.ipynb #deco0010
@@ -363,12 +362,12 @@ class Reader(NativeReader):
     """A model with its cache: reads tokens, and gives the logits of each row's last."""
 
     def __init__(self, model: GPTModel, max_batch: int, max_length: int | None,
-                 spare: int, deterministic: bool):
+                 spare: int, deterministic: bool, tune: bool):
         if type(max_batch) is not int or max_batch < 1:
             raise ValueError(f"max_batch={max_batch!r} must be a whole number >= 1")
         self.model, self.config, self.max_batch = model, model.config, max_batch
         self.cache, self.native = KVCache(model, max_length, spare), None
-        self.deterministic = deterministic
+        self.deterministic, self.tune = deterministic, tune
         if has_native_form(model, self.cache):
             rows = max(max_batch, 64 if deterministic else 16)
             self.native = NativeModel(model, rows, self.cache.sizes)
@@ -396,7 +395,8 @@ class Reader(NativeReader):
         if self.native and self.deterministic:
             return self.in_parts(input_ids, where)
         model, cache = self.model, self.cache
-        with batch_invariant(model) if self.deterministic else nullcontext():
+        kernels = PromptKernels(self.tune)
+        with batch_invariant(model) if self.deterministic else kernels:
             features = model.features(input_ids, positions=positions, cache=cache)
             return model.head(features[:, -1])
 
@@ -417,9 +417,10 @@ class Decoder(Reader):
         quantize: str | None = None,  # "int8", "int8_dynamic" or "int4"
         spare: int = 0,          # how many tokens a wrapped ring can take back
         deterministic: bool = False,  # a row is to the last bit what it is alone
+        tune: bool = False,      # long prompts: try kernels, keep the fastest
     ):
         super().__init__(prepared(model, dtype, quantize), max_batch, max_length,
-                         spare, deterministic)
+                         spare, deterministic, tune)
 
     def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:  # (B, V)
         """Forget what was read, and read prompts of any lengths."""

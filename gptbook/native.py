@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FLAGS', 'DEFAULTS', 'SOURCE', 'ACTIVATIONS', 'cache_folder', 'processor_name', 'compile_library', 'library', 'Weight',
-           'weight_of', 'address', 'in_c', 'bind', 'native_linear']
+           'weight_of', 'address', 'in_c', 'bind', 'native_linear', 'onednn_linear', 'seconds', 'choose_linear',
+           'PromptKernels']
 
 # %% ../nbs/02c_native_kernels.ipynb #natv0004
 import ctypes
@@ -16,12 +17,15 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .quantization import Int4Linear, Int8Linear, quantize_rows
 
@@ -294,6 +298,11 @@ static void activate(float *y, long n, long act) { /* 1: GELU (tanh), 2: SiLU */
     memcpy(y + i, &v, 4 * m);
   }
 }
+
+void activate_all(float *y, long n, long act, long threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (long i = 0; i < n; i += 4096) activate(y + i, n - i < 4096 ? n - i : 4096, act);
+}
 """
 
 # %% ../nbs/02c_native_kernels.ipynb #natv0025
@@ -531,3 +540,53 @@ def native_linear(
          N, N, weight.form, weight.group, ACTIVATIONS[activation],
          threads or torch.get_num_threads())()
     return y
+
+# %% ../nbs/02c_native_kernels.ipynb #natv0061
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` by oneDNN, a private operation that a build may lack."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def seconds(call: Callable, repeats: int = 3) -> float:
+    """The fastest of some calls, after one that warms up."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+@functools.cache
+def choose_linear(rows: int, K: int, N: int, threads: int) -> Callable:
+    """The fastest product of so many rows, tried once a process."""
+    x, weight = torch.zeros(rows, K), torch.zeros(N, K)
+    try:
+        trials = {F.linear: seconds(lambda: F.linear(x, weight)),
+                  onednn_linear: seconds(lambda: onednn_linear(x, weight))}
+    except (AttributeError, RuntimeError):
+        return F.linear
+    return min(trials, key=trials.get)
+
+# %% ../nbs/02c_native_kernels.ipynb #natv0062
+class PromptKernels(TorchFunctionMode):
+    """While it lasts, many rows go to other kernels: GELU, and linears by trial."""
+
+    def __init__(self, tune: bool = False):
+        super().__init__()
+        self.tune = tune
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs, x = kwargs or {}, args[0] if args else None
+        plain = isinstance(x, Tensor) and x.is_cpu and x.dtype == torch.float32
+        if not plain or x.numel() < 32 * x.shape[-1] or torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        if self.tune and function is F.linear and args[1].dtype == x.dtype:
+            rows = 1 << (x.numel() // x.shape[-1]).bit_length() - 1  # a power of two
+            shape = min(rows, 512), x.shape[-1], len(args[1])
+            function = choose_linear(*shape, torch.get_num_threads())
+        elif function is F.gelu and kwargs == {"approximate": "tanh"} and library():
+            y = x.contiguous().clone()
+            bind("activate_all", y, y.numel(), 1, torch.get_num_threads())()
+            return y
+        return function(*args, **kwargs)
