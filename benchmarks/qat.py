@@ -1,6 +1,6 @@
 """What training with the rounding in place wins back: equal extra steps, three seeds.
 
-    python benchmarks/qat.py            # about eight minutes on one thread
+    python benchmarks/qat.py            # about five minutes on one thread of a quiet machine
     python benchmarks/qat.py --quick    # half a minute, writes nothing
 
 The stories model that travels with the package is trained for some more steps on stories that it
