@@ -23,7 +23,7 @@ TILE = 16  # rows that a matrix product is given, always
 
 
 def linear_in_tiles(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A linear on so many rows at a time: one shape, so one kernel, and the same bits."""
+    """A linear on so many rows at a time: one shape, one kernel, the same bits."""
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
     padded = F.pad(rows, (0, 0, 0, -len(rows) % TILE))
     out = torch.cat([F.linear(tile, weight, bias) for tile in padded.split(TILE)])
@@ -62,9 +62,9 @@ def attend_alone(
     order = keys.argsort(stable=True)  # a ring holds them in another one
     for b, t in seen.any(-1).nonzero().tolist():
         at = order[b][seen[b, t][order[b]]]  # (n,)
+        here, there = queries[b : b + 1, t : t + 1], keys[b, at][None]
         added = None if bias is None else pairwise_bias(
-            bias, Positions(queries[b : b + 1, t : t + 1]), Positions(keys[b, at][None]),
-            q.dtype)
+            bias, Positions(here), Positions(there), q.dtype)
         one = q[b : b + 1, :, t : t + 1].contiguous()
         out[b, :, t] = F.scaled_dot_product_attention(
             one, k[b, :, at][None], v[b, :, at][None], attn_mask=added,
@@ -94,14 +94,14 @@ class FixedShapes(TorchFunctionMode):
 
 @contextmanager
 def batch_invariant(model: GPTModel) -> Iterator[None]:
-    """Within it, what a row gives is the same bits in every batch and in every chunking.
+    """Within it a row gives the same bits in every batch and in every chunking.
 
     Raises `ValueError` for attention whose kernel cannot be exchanged."""
     parts = [block.attn for block in model.blocks]
     for layer, part in enumerate(parts):
         if not isinstance(part, MultiHeadAttention):
-            raise ValueError(f"layer {layer}: {type(part).__name__} has no `kernel` that "
-                             f"could be exchanged")
+            raise ValueError(f"layer {layer}: {type(part).__name__} has no `kernel` "
+                             f"that could be exchanged")
     kernels = [part.kernel for part in parts]
     try:
         for part in parts:
