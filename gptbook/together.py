@@ -51,11 +51,12 @@ def write_greedily(
 ) -> list[list[int]]:
     """Continue each prompt by its likeliest tokens."""
     texts, logits = [[*prompt] for prompt in prompts], decoder.start(prompts)
-    for _ in range(length):
+    for step in range(length):
         new = logits.argmax(-1)
         for text, token in zip(texts, new.tolist()):
             text.append(token)
-        logits = decoder.step(new)
+        if step < length - 1:  # nobody asks what follows the last
+            logits = decoder.step(new)
     return texts
 
 
@@ -67,7 +68,7 @@ def tokens_per_second(
     seconds: float = 0.3,    # how long to try, at least three times
 ) -> float:
     """The best speed of a `Decoder`, with the reading of a short prompt."""
-    decoder, prompts = Decoder(model, batch, len(prompt) + length + 1), [prompt] * batch
+    decoder, prompts = Decoder(model, batch, len(prompt) + length), [prompt] * batch
     return batch * length / fastest(
         lambda: write_greedily(decoder, prompts, length), seconds)
 
