@@ -182,19 +182,24 @@ static inline float rest_bf16(const uint16_t *w) {
 
 # %% ../nbs/02c_native_kernels.ipynb #natv0020
 TILE = r"""
+#define STEP(FORM, R, B) /* the next L columns of R rows of weights */         \
+  for (int r = 0; r < R; r++) {                                                \
+    vf v = from_##FORM(w + r * K + k);                                         \
+    for (int b = 0; b < B; b++) sum[r][b] += v * *(vf *)(x + b * K + k);       \
+  }
 #define TILE(FORM, TYPE, R, B)                                                 \
   static void FORM##_##R##_##B(const TYPE *w, const float *x, long K,          \
                                float *out) {                                   \
     vf sum[R][B];                                                              \
     memset(sum, 0, sizeof sum);                                                \
-    long k = 0;                                                                \
-    for (; k + L <= K; k += L)                                                 \
-      for (int r = 0; r < R; r++) {                                            \
-        const TYPE *p = w + r * K + k;                                         \
-        if (AHEAD && sizeof(TYPE) < 4) __builtin_prefetch((char *)p + AHEAD);  \
-        vf v = from_##FORM(p);                                                 \
-        for (int b = 0; b < B; b++) sum[r][b] += v * *(vf *)(x + b * K + k);   \
-      }                                                                        \
+    long k = 0, line = 64 / sizeof(TYPE); /* columns in a line of the cache */ \
+    while (k + line <= K) {                                                    \
+      for (int r = 0; AHEAD && r < R; r++)                                     \
+        __builtin_prefetch((char *)(w + r * K + k) + AHEAD);                   \
+      _Pragma("GCC unroll 8") for (int i = 0; i < line / L; i++, k += L)       \
+        STEP(FORM, R, B)                                                       \
+    }                                                                          \
+    for (; k + L <= K; k += L) STEP(FORM, R, B)                                \
     for (int r = 0; r < R; r++)                                                \
       for (int b = 0; b < B; b++) {                                            \
         float s = total(sum[r][b]);                                            \
@@ -414,16 +419,13 @@ void attend(const float *q, const float *keys, const float *values,
       tile_f32(keys + at, j, q + m * ldq + h * D, D, n - j < 4 ? n - j : 4, 1, s + j,
                NULL, 0);
     for (long j = 0; j < n; j++) peak = s[j] > peak ? s[j] : peak;
-    for (long j = n; j < n + L; j++) s[j] = -INFINITY;
+    for (long j = n; j < n + L; j++) s[j] = peak;
     vf all = {0};
-    for (long j = 0; j < n; j += L) {
-      vf e = vexp((*(vf *)(s + j) - peak) * scale);
-      for (int t = 0; t < L; t++) e[t] = j + t < n ? e[t] : 0;
-      all += e;
-      *(vf *)(s + j) = e;
-    }
-    float sum = total(all);
-    for (long j = 0; j < n; j++) s[j] /= sum;
+    for (long j = 0; j < n; j += L) *(vf *)(s + j) = vexp((*(vf *)(s + j) - peak) * scale);
+    for (long j = n; j < n + L; j++) s[j] = 0; /* what lies beyond the last key */
+    for (long j = 0; j < n; j += L) all += *(vf *)(s + j);
+    float share = 1 / total(all);
+    for (long j = 0; j < n; j++) s[j] *= share;
     weigh(s, values + at, n, D, out + i * D);
     free(s);
   }

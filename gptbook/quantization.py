@@ -347,6 +347,8 @@ def checked_options(model: GPTModel, scheme: str, keep=(), group: int = 32) -> d
     """The options as a checkpoint stores them. Raises `ValueError`."""
     if scheme not in SCHEMES:
         raise ValueError(f"unknown scheme {scheme!r}; known: {', '.join(SCHEMES)}")
+    if any(name == "qat" for name, _ in model.transforms):
+        raise ValueError("the model is prepared for training: convert(model) rounds it")
     if isinstance(keep, str):
         raise ValueError(f"keep={keep!r} must be a tuple of names: ({keep!r},)")
     check_group(group)

@@ -685,3 +685,14 @@ def test_the_controls_of_r8_turn_it_red(r8):
 def test_a_figure_below_its_mark_is_red(r8, part, figure, value):
     changed = {**r8, part: {**r8[part], figure: value}}
     assert [name for name, good in trials.verdicts(changed).items() if not good] == [part]
+
+
+def test_a_model_prepared_for_training_is_converted_and_not_quantized():
+    from gptbook.qat import prepare_qat
+
+    model = GPTModel(GPTConfig(32, 16, 32, 1, 2))
+    prepare_qat(model)
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match="convert"):
+        quantize(model)
+    assert list(model.state_dict()) == before
