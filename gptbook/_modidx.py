@@ -363,6 +363,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'gptbook.data.window_starts': ('data.html#window_starts', 'gptbook/data.py')},
             'gptbook.decoder': { 'gptbook.decoder.Decoder': ('decoder.html#decoder', 'gptbook/decoder.py'),
                                  'gptbook.decoder.Decoder.__init__': ('decoder.html#decoder.__init__', 'gptbook/decoder.py'),
+                                 'gptbook.decoder.Decoder.forget': ('decoder.html#decoder.forget', 'gptbook/decoder.py'),
                                  'gptbook.decoder.Decoder.reorder': ('decoder.html#decoder.reorder', 'gptbook/decoder.py'),
                                  'gptbook.decoder.Decoder.start': ('decoder.html#decoder.start', 'gptbook/decoder.py'),
                                  'gptbook.decoder.Decoder.step': ('decoder.html#decoder.step', 'gptbook/decoder.py'),

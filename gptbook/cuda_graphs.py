@@ -6,6 +6,7 @@
 __all__ = ['tensors_of', 'why_not_recorded', 'Tape', 'FixedStep', 'record', 'has_hooks', 'GraphStep', 'Replays']
 
 # %% ../nbs/02cb_cuda_graphs.ipynb #cugr0004
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -184,8 +185,10 @@ class Replays:
         if self.recorded is None:
             try:
                 self.recorded = GraphStep(self.model, cache, input_ids, where.index)
-            except ValueError as problem:
+            except (ValueError, RuntimeError) as problem:
                 self.refused = str(problem)
+                if isinstance(problem, RuntimeError):  # nothing that was foreseen
+                    warnings.warn(f"steps are not recorded: {problem}", stacklevel=2)
                 return None
         logits = self.recorded.read(input_ids, where.index)
         cache._step.buffers.update(enumerate(cache.buffers))

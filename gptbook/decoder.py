@@ -22,6 +22,7 @@ from gptbook.core import (
     Block, Causal, FeedForward, GPTModel, MultiHeadAttention, Positions, embed,
     naive_attention, replace_modules, sdpa,
 )
+from .cuda_graphs import Replays, has_hooks
 from .inference import KVCache, hold
 from .native import ACTIVATIONS, PromptKernels, bind, library, weight_of
 from .quantization import quantize as quantize_model
@@ -123,9 +124,8 @@ def sees_all(mask: Callable, size: int, max_length: int | None) -> bool:
 
 def has_native_form(model: GPTModel, cache: KVCache) -> bool:
     """Whether native calls can stand for all blocks of a model."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks")
-    if any(getattr(m, name) for m in model.modules() for name in hooks):
-        return False  # somebody wants to see what goes through
+    if has_hooks(model):
+        return False
     parameter = next(model.parameters())
     if not parameter.is_cpu or parameter.dtype != torch.float32 or library() is None:
         return False
@@ -368,6 +368,9 @@ class Reader(NativeReader):
         self.model, self.config, self.max_batch = model, model.config, max_batch
         self.cache, self.native = KVCache(model, max_length, spare), None
         self.deterministic, self.tune = deterministic, tune
+        self.used = 0  # slots that were written
+        on_gpu = self.cache.device.type == "cuda"
+        self.replays = Replays(model) if on_gpu and not deterministic else None
         if has_native_form(model, self.cache):
             rows = max(max_batch, 64 if deterministic else 16)
             self.native = NativeModel(model, rows, self.cache.sizes)
@@ -390,11 +393,16 @@ class Reader(NativeReader):
             raise ValueError(f"{B} rows do not fit a decoder of max_batch="
                              f"{self.max_batch}")
         where = self.cache.begin(B, T, positions)
+        self.used = max(self.used, self.cache._step.after.reach)
         if self.native and self.fits(B, T):
             return self.by_calls(input_ids, where)
         if self.native and self.deterministic:
             return self.in_parts(input_ids, where)
         model, cache = self.model, self.cache
+        if self.replays and positions is None:
+            logits = self.replays.read(cache, input_ids, where)
+            if logits is not None:
+                return logits
         kernels = PromptKernels(self.tune)
         with batch_invariant(model) if self.deterministic else kernels:
             features = model.features(input_ids, positions=positions, cache=cache)
@@ -424,14 +432,27 @@ class Decoder(Reader):
 
     def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:  # (B, V)
         """Forget what was read, and read prompts of any lengths."""
-        cache = self.cache
-        device, longest = cache.device, max(map(len, prompts))
+        if not prompts or not all(map(len, prompts)):
+            raise ValueError("no prompt, or an empty one: there is nothing to go on from")
+        device, longest = self.cache.device, max(map(len, prompts))
         padded = [[0] * (longest - len(row)) + list(row) for row in prompts]
         where = [[-1] * (longest - len(row)) + list(range(len(row))) for row in prompts]
         even = all(len(row) == longest for row in prompts)
         where = None if even else torch.tensor(where, device=device)
-        self.cache = KVCache(self.model, cache.max_length, cache.spare)
+        self.forget()
         return self.read(torch.tensor(padded, device=device), where)
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Empty the cache. Its buffers stay where they are, with zeros in them."""
+        cache = self.cache
+        cache.truncate(0)
+        for layer, held in enumerate(cache.buffers):
+            if held and any(x.is_inference() for x in held):
+                held = cache.buffers[layer] = None  # an ordinary step may not write there
+            for x in held or ():
+                x[:, :, : self.used].zero_()
+        self.used = 0
 
     def step(self, input_ids: Tensor) -> Tensor:  # (B,) -> (B, V)
         """Go on with one token in each row."""

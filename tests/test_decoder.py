@@ -373,3 +373,114 @@ def test_generation_can_be_deterministic():
         alone = generate_text(model, [prompt], 20, temperature=0, deterministic=True,
                               log_probs=True)
         assert (together[0][b], together[1][b]) == (alone[0][0], alone[1][0])
+
+
+# Buffers that stay, steps that are replayed -----------------------------------------------
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("recipe", ["gpt2", "llama", "mistral", "alibi"])
+@torch.no_grad()
+def test_a_new_text_in_old_buffers(recipe, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(module, "library", lambda: None)
+    decoder = Decoder(make(recipe), 3, 40)
+    check(decoder, PROMPTS)
+    places = [x.data_ptr() for held in decoder.cache.buffers for x in held]
+    for held in decoder.cache.buffers:  # whatever the last text left must not be seen
+        for x in held:
+            x[:, :, : decoder.used] = float("nan")
+    check(decoder, [[1], [2, 3], [4, 5, 6, 7]])
+    if recipe != "mistral":  # a chunk that wraps a ring makes another one
+        assert [x.data_ptr() for held in decoder.cache.buffers for x in held] == places
+    check(decoder, PROMPTS[:2], 4)  # another batch: other buffers
+    check(decoder, PROMPTS, 4)
+
+
+@torch.no_grad()
+def test_nothing_is_left_after_truncation_reordering_and_a_failed_step():
+    decoder = Decoder(make(), 3, 40)
+    check(decoder, PROMPTS)
+    decoder.truncate(2)
+    decoder.reorder([0, 0, 1])
+    decoder.step(torch.tensor([1, 2, 3]))
+    with pytest.raises(ValueError, match="token id"):
+        decoder.step(torch.tensor([1, 2, V]))
+    decoder.forget()
+    assert decoder.cache.length == 0 and decoder.cache.batch is None
+    assert not any(x.any() for held in decoder.cache.buffers for x in held)
+    check(decoder, PROMPTS, 4)
+
+
+@pytest.mark.parametrize("recipe", ["gpt2", "mistral"])
+def test_a_text_under_inference_mode_and_one_outside(recipe, monkeypatch):
+    monkeypatch.setattr(module, "library", lambda: None)
+    decoder = Decoder(make(recipe), 1, 40)
+    for _ in range(2):
+        with torch.inference_mode():
+            decoder.start([[1, 2, 3]])
+            decoder.read(torch.arange(20)[None])  # wraps the ring of a window of 8
+        check(decoder, PROMPTS[:1])
+
+
+def test_prompts_must_say_something():
+    decoder = Decoder(make(), 2, 40)
+    decoder.start([[1, 2]])
+    for prompts in ([], [[]], [[1, 2], []]):
+        with pytest.raises(ValueError, match="nothing to go on from"):
+            decoder.start(prompts)
+    assert decoder.cache.length == 2, "a refused start changes nothing"
+
+
+def replaying(recipe, monkeypatch, **options):
+    """A decoder as on a GPU, with the tape in the graph's place."""
+    monkeypatch.setattr(module, "library", lambda: None)
+    decoder = Decoder(make(recipe), 3, 40, **options)
+    assert decoder.native is None and decoder.replays is None  # a CPU has no graphs
+    decoder.replays = module.Replays(decoder.model)
+    return decoder
+
+
+@pytest.mark.parametrize("form", ["32", "8", "4"])
+@pytest.mark.parametrize("recipe", ["gpt2", "llama", "alibi", "strided"])
+def test_a_decoder_that_replays(recipe, form, monkeypatch):
+    decoder = replaying(recipe, monkeypatch, **FORMS[form])
+    check(decoder)
+    recorded = decoder.replays.recorded
+    assert recorded is not None, decoder.replays.refused
+    check(decoder, [[1], [2, 3], [4, 5, 6]])
+    assert decoder.replays.recorded is recorded, "the next text uses the same recording"
+    check(decoder, PROMPTS[:1])
+    assert decoder.replays.recorded is not recorded
+
+
+@pytest.mark.parametrize("recipe", ["mistral", "mixtral", "switch"])
+def test_what_cannot_be_replayed_is_written_as_ever(recipe, monkeypatch):
+    decoder = replaying(recipe, monkeypatch)
+    check(decoder)
+    assert decoder.replays.recorded is None and decoder.replays.refused
+
+
+@torch.no_grad()
+def test_rows_that_wait_are_not_replayed(monkeypatch):
+    model, decoder = make(), replaying("gpt2", monkeypatch)
+    decoder.start(PROMPTS)
+    for token in (11, 12):
+        decoder.step(torch.tensor([token] * 3))
+    got = decoder.read(torch.tensor([[8], [0], [9]]), torch.tensor([[5], [-1], [3]]))
+    for b, text in ((0, [*PROMPTS[0], 11, 12, 8]), (2, [*PROMPTS[2], 11, 12, 9])):
+        want = model(torch.tensor([text]))[0, -1]
+        torch.testing.assert_close(got[b], want, atol=1e-5, rtol=1e-5)
+    got = decoder.step(torch.tensor([7, 7, 7]))
+    want = model(torch.tensor([[*PROMPTS[1], 11, 12, 7]]))[0, -1]
+    torch.testing.assert_close(got[1], want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_steps_are_replayed():
+    decoder = Decoder(make().cuda(), 3, 40)
+    got, logits = [], decoder.start(PROMPTS)
+    for _ in range(12):
+        got.append(logits.argmax(-1).tolist())
+        logits = decoder.step(logits.argmax(-1))
+    assert decoder.replays.recorded is not None, decoder.replays.refused
+    texts = check(Decoder(make(), 3, 40), steps=12)
+    assert [list(row) for row in zip(*got)] == [t[len(p):] for t, p in zip(texts, PROMPTS)]
