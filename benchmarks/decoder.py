@@ -274,23 +274,23 @@ def batches(model, ids, options) -> dict:
 
 
 def prefill(model, theirs, options) -> dict:
-    """Operations a second while 512 tokens are read, over the best product of matrices."""
+    """Operations a second while 512 tokens are read, over the best product of matrices beside it."""
     ids = torch.randint(model.config.vocab_size, (1, 512))
     decoder = Decoder(model, 1, 512, tune=True)
-    cost = token_cost(model, 0, n_tokens=512, n_logits=1)
-    seconds, other, best = [], [], []
-    for _ in range(options.rounds + 1):
-        best.append(matmul_peak(torch.device("cpu"), seconds=0.3))
-        for kept, run in ((seconds, lambda: decoder.start(ids.tolist())),
-                          (other, lambda: theirs(ids, logits_to_keep=1))):
-            start = perf_counter()
-            run()
-            kept.append(perf_counter() - start)
-    shares = [cost.operations / s / max(best) for s in seconds[1:]]
+    operations = token_cost(model, 0, n_tokens=512, n_logits=1).operations
+    decoder.start(ids.tolist()), theirs(ids, logits_to_keep=1)  # warm up
+    rows = []
+    for _ in range(2 * options.rounds):
+        best = matmul_peak(torch.device("cpu"), seconds=0.3)
+        start = perf_counter()
+        decoder.start(ids.tolist())
+        middle = perf_counter()
+        theirs(ids, logits_to_keep=1)
+        rows.append((best, middle - start, perf_counter() - middle))
     return {"prefill_512": {
-        "tokens_per_second": round(512 / median(seconds[1:]), 1),
-        "of_best_product": round(median(shares), 3),
-        "over_transformers": round(median(o / s for o, s in zip(other[1:], seconds[1:])), 3)}}
+        "tokens_per_second": round(512 / median(ours for _, ours, _ in rows), 1),
+        "of_best_product": round(median(operations / t / best for best, t, _ in rows), 3),
+        "over_transformers": round(median(other / t for _, t, other in rows), 3)}}
 
 
 def compiled(shape, rounds) -> dict:
@@ -324,6 +324,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64, help="new tokens a turn")
     parser.add_argument("--llama-cpp", metavar="FOLDER", help="a folder with the package llama_cpp")
+    parser.add_argument("--prefill-only", action="store_true", help="measure that part again")
     parser.add_argument("--quick", action="store_true", help="the small shape, 4 tokens, not stored")
     options = parser.parse_args()
     if options.quick:
@@ -333,6 +334,15 @@ def main():
     figures = {"prompt": PROMPT}
     if (RESULTS / "decoder.json").exists():
         figures = load("decoder")["figures"]
+    if options.prefill_only:
+        for shape in options.shapes:
+            model, theirs = pair(SHAPES[shape], torch.device("cpu"))
+            for threads in options.threads:
+                torch.set_num_threads(threads)
+                found = prefill(model, theirs, options)
+                figures[shape][f"{threads} threads"].update(found)
+                print(shape, threads, found, flush=True)
+        return print(record("decoder", figures))
     n_peers = 10 + 3 * bool(options.llama_cpp)
     cases = [(s, t) for s in options.shapes for t in options.threads]
     with tqdm(total=len(cases) * n_peers * (options.rounds + 1), unit="run") as bar:

@@ -588,7 +588,7 @@ class PromptKernels(TorchFunctionMode):
             shape = min(rows, 512), x.shape[-1], len(args[1])
             function = choose_linear(*shape, torch.get_num_threads())
         elif function is F.gelu and kwargs == {"approximate": "tanh"} and library():
-            y = x.contiguous().clone()
+            y = x.clone(memory_format=torch.contiguous_format)
             bind("activate_all", y, y.numel(), 1, torch.get_num_threads())()
             return y
         return function(*args, **kwargs)
