@@ -192,7 +192,7 @@ def test_recovery_that_sees_the_rounding_ends_as_the_same_chain():
 
 
 # Files and caches --------------------------------------------------------------------
-@pytest.mark.parametrize("recipe, scheme", product(RECIPES, (None, *SCHEMES)))
+@pytest.mark.parametrize("recipe, scheme", [*product(RECIPES, (None, *SCHEMES))])
 def test_a_file_replays_the_chain_bit_for_bit(tmp_path, recipe, scheme):
     model = chained(make(recipe), scheme)
     path = save_model(tmp_path / "m.safetensors", model)
