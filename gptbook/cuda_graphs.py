@@ -71,8 +71,9 @@ class FixedStep:
 
     def __init__(self, cache: AppendCache):
         if set(cache.sizes) != {cache.max_length}:
-            raise ValueError(f"layers of {sorted(set(cache.sizes))} slots in a cache of "
-                             f"max_length={cache.max_length}: a ring has no fixed step")
+            raise ValueError(f"layers of {sorted(set(cache.sizes))} slots in a cache "
+                             f"of max_length={cache.max_length}: a ring has no fixed "
+                             "step")
         if cache.batch is None:
             raise ValueError("the cache is empty: read a prompt first")
         self.cache, self.buffers, self.keys = cache, cache.buffers, None

@@ -433,7 +433,7 @@ class Decoder(Reader):
     def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:  # (B, V)
         """Forget what was read, and read prompts of any lengths."""
         if not prompts or not all(map(len, prompts)):
-            raise ValueError("no prompt, or an empty one: there is nothing to go on from")
+            raise ValueError("no prompt, or an empty one: nothing to go on from")
         device, longest = self.cache.device, max(map(len, prompts))
         padded = [[0] * (longest - len(row)) + list(row) for row in prompts]
         where = [[-1] * (longest - len(row)) + list(range(len(row))) for row in prompts]
@@ -449,7 +449,7 @@ class Decoder(Reader):
         cache.truncate(0)
         for layer, held in enumerate(cache.buffers):
             if held and any(x.is_inference() for x in held):
-                held = cache.buffers[layer] = None  # an ordinary step may not write there
+                held = cache.buffers[layer] = None  # not for ordinary steps
             for x in held or ():
                 x[:, :, : self.used].zero_()
         self.used = 0

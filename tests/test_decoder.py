@@ -425,7 +425,7 @@ def test_prompts_must_say_something():
     decoder = Decoder(make(), 2, 40)
     decoder.start([[1, 2]])
     for prompts in ([], [[]], [[1, 2], []]):
-        with pytest.raises(ValueError, match="nothing to go on from"):
+        with pytest.raises(ValueError, match="nothing to go on"):
             decoder.start(prompts)
     assert decoder.cache.length == 2, "a refused start changes nothing"
 
