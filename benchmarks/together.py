@@ -278,6 +278,7 @@ def main():
         args.steps, args.seeds, args.held_out, args.texts = 3, 1, 8, 3
     there = (RESULTS / "together.json").exists()
     figures = load("together")["figures"] if there and not args.quick else {}
+    figures["note"] = "losses: python benchmarks/together.py; speeds: --speeds-only"
     if not args.speeds_only:
         losses(args, figures)
     if not args.losses_only:

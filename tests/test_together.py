@@ -22,7 +22,7 @@ from gptbook.quantization import quantize, quantize_rows
 from gptbook.quantized_cache import Int8Cache, seeing_rounded
 from gptbook.structured_pruning import prune_heads, prune_neurons
 from gptbook.together import (
-    Stage, file_bytes, frontier, measure, tokens_per_second, write_greedily,
+    Stage, file_bytes, frontier, measure, write_greedily, writing_speed,
 )
 
 V = 61
@@ -85,10 +85,10 @@ def test_speed_counts_every_row(monkeypatch):
     seen = []
     with monkeypatch.context() as patch:
         patch.setattr(module, "fastest", lambda work, seconds: seen.append(work()) or 2.0)
-        assert tokens_per_second(make(), 3, 10) == 3 * 10 / 2.0
-        assert tokens_per_second(make(), 1, 10) == 10 / 2.0
+        assert writing_speed(make(), 3, 10) == 3 * 10 / 2.0
+        assert writing_speed(make(), 1, 10) == 10 / 2.0
     assert [len(texts) for texts in seen] == [3, 1] and len(seen[0][0]) == 18
-    assert tokens_per_second(make(), 1, 4, seconds=0.0) > 0
+    assert writing_speed(make(), 1, 4, seconds=0.0) > 0
 
 
 @pytest.mark.parametrize("scheme", (None, *SCHEMES))
