@@ -88,7 +88,8 @@ def prepared(model: GPTModel, dtype, scheme: str | None) -> GPTModel:
     parameter = next(model.parameters())
     if dtype == parameter.dtype:
         dtype = None
-    if dtype is None and scheme is None and not any(m.training for m in model.modules()):
+    training = any(m.training for m in model.modules())
+    if dtype is None and scheme is None and not training:
         return model
     other = shared_copy(model).eval()
     if scheme is not None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALL', 'Filled', 'next_positions', 'settle', 'given_positions', 'held_positions', 'destination', 'View', 'make_view',
-           'Step', 'CacheRows', 'AppendCache', 'capacity', 'spread', 'hold', 'KVCache', 'per_row']
+           'Step', 'CacheRows', 'AppendCache', 'capacity', 'spread', 'hold', 'copied', 'KVCache', 'per_row']
 
 # %% ../nbs/02_inference.ipynb #0e7ea3eb
 import copy
@@ -203,7 +203,7 @@ class AppendCache(CacheRows):
             state = step.where, self._filled, step.after, size
             step.plans[size] = destination(*state), make_view(*state)
         (into, take), view = step.plans[size]
-        buffers = [x.clone() for x in held] if view.copy else held
+        buffers = copied(held) if view.copy else held
         for buffer, part in zip(buffers, chunk):
             buffer[into] = part[take]
         step.buffers[layer] = buffers
@@ -266,6 +266,12 @@ def hold(cache: CacheRows, layer: int, chunk: Sequence[Tensor]) -> Sequence[Tens
             raise ValueError(f"layer {layer} expects {due}, got {tuple(x.shape)}, "
                              f"{x.dtype}: another model, batch or dtype")
     return held
+
+
+@torch.inference_mode(False)
+def copied(buffers: Sequence[Tensor]) -> list[Tensor]:
+    """Copies that a later step may write in any mode."""
+    return [x.clone() for x in buffers]
 
 # %% ../nbs/02_inference.ipynb #71dfdd39
 class KVCache(AppendCache):
