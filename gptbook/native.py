@@ -582,7 +582,8 @@ class PromptKernels(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs, x = kwargs or {}, args[0] if args else None
         plain = isinstance(x, Tensor) and x.is_cpu and x.dtype == torch.float32
-        if not plain or x.numel() < 32 * x.shape[-1] or torch.is_grad_enabled():
+        many = plain and x.dim() and x.numel() >= 32 * x.shape[-1]
+        if not many or torch.is_grad_enabled():
             return function(*args, **kwargs)
         if self.tune and function is F.linear and args[1].dtype == x.dtype:
             rows = 1 << (x.numel() // x.shape[-1]).bit_length() - 1  # a power of two

@@ -194,7 +194,7 @@ def test_transforms_are_replayed_before_the_weights(tmp_path):
         found = load_model(path)
         assert torch.equal(found.model(IDS), model(IDS))
         assert found.model.transforms == [["low", {"rank": 3}]]
-    with pytest.raises(CheckpointError, match="transform 'low'; known: none"):
+    with pytest.raises(CheckpointError, match="transform 'low'; known: "):
         load_model(path)
 
 

@@ -13,13 +13,13 @@ from gptbook.core import (
     GPTConfig, GPTModel, MultiHeadAttention, naive_attention, replace_modules,
 )
 from gptbook.inference import KVCache
-from gptbook.pruning import prune_heads, prune_neurons
 from gptbook.quantization import quantize
 from gptbook.roofline import (
     TokenCost, attention_sizes, bandwidth, cache_bytes_read, decode_roof, expert_shares,
     fastest, keys_seen, own_tensors, step_operations, token_cost, weight_bytes,
 )
 from gptbook.sparse import SlidingWindow
+from gptbook.structured_pruning import prune_heads, prune_neurons
 
 aten = torch.ops.aten
 SIZES = dict(vocab_size=211, context_length=64, emb_dim=32, n_layers=2, n_heads=4)
