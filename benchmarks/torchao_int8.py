@@ -9,14 +9,19 @@ shape and writes nothing.
 """
 import argparse
 import logging
+import sys
 from copy import deepcopy
 from importlib import metadata
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+if find_spec("torchao") is None:
+    print("torchao is not here: see the lines above in", __file__.rpartition("/")[2])
+    sys.exit()
 logging.disable(logging.WARNING)
 from torchao.quantization import (
     Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_,

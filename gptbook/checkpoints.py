@@ -563,10 +563,17 @@ def describe(
 ) -> str:  # a few lines for people
     """Say what a checkpoint is: sizes, how far it was trained, and all its info."""
     config = checkpoint.config
-    size = sum(p.numel() for p in checkpoint.model.parameters())
-    lines = [f"{config.recipe}: {size:,} parameters, {config.n_layers} layers of width "
+    model = checkpoint.model
+    size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
+    whole = {b.data_ptr(): b.nbytes for b in model.buffers()  # of rounded weights
+             if not b.is_floating_point() and b.dtype != torch.bool}
+    if whole:
+        size += f" and {sum(whole.values()):,} bytes of integers"
+    lines = [f"{config.recipe}: {size}, {config.n_layers} layers of width "
              f"{config.emb_dim}, context {config.context_length}, vocabulary "
              f"{config.vocab_size:,}"]
+    if model.transforms:
+        lines.append("changed by: " + ", ".join(name for name, _ in model.transforms))
     plain = {name.replace("_", " "): value for name, value in checkpoint.info.items()
              if isinstance(value, (str, int, float))}
     far = [name for name in ("epoch", "step", "validation loss") if name in plain]

@@ -347,7 +347,8 @@ class NativeReader:
         return logits
 
     def in_parts(self, input_ids: Tensor, where: Positions) -> Tensor:  # (B, V)
-        """Chunks that fit; none wraps a ring."""
+        """Chunks that fit; none wraps a ring. All ids are checked before the first."""
+        embed(self.model, input_ids)
         B, T = input_ids.shape
         index = where.index.expand(B, -1)
         size = max(1, self.native.rows // B)
@@ -363,11 +364,11 @@ class Reader(NativeReader):
     """A model with its cache: reads tokens, and gives the logits of each row's last."""
 
     def __init__(self, model: GPTModel, max_batch: int, max_length: int | None,
-                 spare: int, deterministic: bool, tune: bool):
+                 spare: int, deterministic: bool, tune: bool, cache: type):
         if type(max_batch) is not int or max_batch < 1:
             raise ValueError(f"max_batch={max_batch!r} must be a whole number >= 1")
         self.model, self.config, self.max_batch = model, model.config, max_batch
-        self.cache, self.native = KVCache(model, max_length, spare), None
+        self.cache, self.native = cache(model, max_length, spare), None
         self.deterministic, self.tune = deterministic, tune
         self.used = 0  # slots that were written
         on_gpu = self.cache.device.type == "cuda"
@@ -427,9 +428,10 @@ class Decoder(Reader):
         spare: int = 0,          # how many tokens a wrapped ring can take back
         deterministic: bool = False,  # a row is to the last bit what it is alone
         tune: bool = False,      # long prompts: try kernels, keep the fastest
+        cache: type = KVCache,   # or Int8Cache: keys and values in 8 bits
     ):
         super().__init__(prepared(model, dtype, quantize), max_batch, max_length,
-                         spare, deterministic, tune)
+                         spare, deterministic, tune, cache)
 
     def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:  # (B, V)
         """Forget what was read, and read prompts of any lengths."""

@@ -16,6 +16,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,8 +37,9 @@ FLAGS = (["-march=native", "-fopenmp"], ["-march=native"], ["-fopenmp"], [])
 def library_folder() -> Path:
     """The user's own folder for what was compiled; nobody else may write there."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(root) / "gptbook"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder = Path(root) / "gptbook" / "native"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True, mode=0o700)
     if hasattr(os, "getuid"):
         info = folder.stat()
         if info.st_uid != os.getuid() or info.st_mode & 0o022:
@@ -49,8 +51,8 @@ def processor_name() -> str:
     """What tells this processor's instructions from another's."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        found = {line for line in lines if line.startswith(("model name", "flags"))}
-        return "".join(sorted(found))
+        keys = "model name", "flags", "CPU part", "Features"  # of x86, of ARM
+        return "".join(sorted({line for line in lines if line.startswith(keys)}))
     except OSError:
         return platform.processor() + platform.machine()
 
@@ -442,13 +444,16 @@ SOURCE = DEFAULTS + (
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; without a compiler None, and one line that says so."""
+    """The compiled kernels; without a compiler None, and one line that says so.
+
+    The environment variable `GPTBOOK_NATIVE=0` switches them off."""
     if os.environ.get("GPTBOOK_NATIVE") == "0":
         return None
     try:
         return ctypes.CDLL(str(compile_library(SOURCE)))
-    except OSError as problem:
-        print(f"gptbook: no native kernels, PyTorch's serve instead ({problem})")
+    except (OSError, RuntimeError) as problem:  # no compiler, no home
+        remark = f"gptbook: no native kernels, PyTorch's serve instead ({problem})"
+        print(remark, file=sys.stderr)
         return None
 
 # %% ../nbs/02c_native_kernels.ipynb #natv0031

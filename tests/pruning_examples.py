@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import nn
 
+from gptbook.checkpoints import CheckpointError, load_model, save_model
 from gptbook.core import GPTConfig, GPTModel, replace_modules, set_seed
 
 V, T = 61, 20
+BAD_AMOUNTS = [-0.1, 1, 1.0, 1.5, float("nan"), float("inf"), True, "half", None]
 SIZES = GPTConfig(V, 32, 32, 3, 8)
 RECIPES = {
     "gpt2": SIZES, "gpt2 without biases": replace(SIZES, bias=False),
@@ -58,3 +61,13 @@ class Quantized(nn.Module):
 def quantized(model, names=("W_query",)):
     replace_modules(model, lambda name, m: name.rpartition(".")[2] in names,
                     lambda name, m: Quantized(m))
+
+
+def assert_refused(transform, path):
+    """A checkpoint is loaded, and is not with this transform in it."""
+    save_model(path, model := a_gpt())
+    assert load_model(path)
+    model.transforms.append(transform)
+    save_model(path, model)
+    with pytest.raises(CheckpointError):
+        load_model(path)

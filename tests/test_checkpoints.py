@@ -27,6 +27,7 @@ from gptbook.checkpoints import (  # noqa: E402
     load_state, load_tensors, save_model, save_state,
 )
 from gptbook.core import RECIPES, TRANSFORMS, GPTConfig, GPTModel, replace_modules  # noqa: E402
+from gptbook.quantization import quantize  # noqa: E402
 
 SIZES = dict(vocab_size=64, context_length=16, emb_dim=32, n_layers=2, n_heads=4)
 IDS = torch.arange(16)[None] * 3
@@ -380,6 +381,14 @@ def test_find_checkpoint(tmp_path, capsys):
     for odd in ("a\0b", "x" * 5000):
         with pytest.raises(CheckpointError):
             find_checkpoint(tmp_path / odd)
+
+
+def test_describe_says_what_was_rounded(tmp_path):
+    model = model_of()
+    n = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    quantize(model)
+    lines = describe(load_model(save_model(tmp_path / "m.safetensors", model))).split("\n")
+    assert f" and {n:,} bytes of integers" in lines[0] and lines[1] == "changed by: quantize"
 
 
 def test_describe_says_what_matters_and_is_safe_to_print(tmp_path):

@@ -14,6 +14,7 @@ from gptbook.core import (
 from gptbook.decoder import Decoder, native_form, prepared
 from gptbook.generation import generate_text
 from gptbook.native import library, weight_of
+from gptbook.quantized_cache import Int8Cache, seeing_rounded
 from gptbook.structured_pruning import prune_heads, prune_neurons
 
 V = 61
@@ -188,6 +189,34 @@ def test_an_interrupted_step_can_be_repeated(recipe):
         got = decoder.step(new)
         texts = [[*text, i] for text, i in zip(texts, new.tolist())]
         torch.testing.assert_close(got, model(torch.tensor(texts))[:, -1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@torch.no_grad()
+def test_a_bad_id_is_found_before_anything_is_read(deterministic):
+    decoder = Decoder(make(), 1, 64, deterministic=deterministic)
+    with pytest.raises(ValueError, match="token id"):
+        decoder.start([[1] * 60 + [V]])
+    assert decoder.cache.length == 0
+
+
+@pytest.mark.parametrize("recipe", ["gpt2", "llama", "mistral"])
+@torch.no_grad()
+def test_a_cache_in_eight_bits(recipe):
+    """Its oracle: attention that sees rounded keys and values, in one pass."""
+    model = make(recipe)
+    plain = deepcopy(model)
+    for block in plain.blocks:
+        block.attn.kernel = seeing_rounded(block.attn.kernel)
+    decoder = Decoder(model, 3, 40, cache=Int8Cache)
+    texts, logits = [list(p) for p in PROMPTS], decoder.start(PROMPTS)
+    assert decoder.cache.buffers[0][0].dtype == torch.int8
+    for _ in range(8):
+        for b, text in enumerate(texts):
+            full = plain(torch.tensor([text]))[0, -1]
+            assert (full - logits[b]).abs().max() <= 0.05 * full.abs().max()
+            text.append(int(full.argmax()))
+        logits = decoder.step(torch.tensor([text[-1] for text in texts]))
 
 
 # The model stays as it is ---------------------------------------------------------------

@@ -463,6 +463,17 @@ def test_inference_mode_and_no_grad_can_be_mixed():
     assert_same(torch.cat(parts, 1), model(ids))
 
 
+def test_what_a_ring_copies_in_inference_mode_can_be_written_later():
+    model, ids = make("window and full"), tokens(2, 41)
+    cache = KVCache(model)
+    with torch.inference_mode():
+        for part in ids[:, :40].split(4, 1):  # wraps, so that each step copies the ring
+            model(part, cache=cache)
+    with torch.no_grad():  # one token is written in place
+        last = model(ids[:, 40:], cache=cache)
+        assert_same(last, model(ids)[:, 40:])
+
+
 @pytest.mark.parametrize("n_kv", [4, 2])
 def test_outputs_and_keys_equal_transformers(n_kv):
     """Their cache, our attention math: keys, values and logits of a decoder with GQA."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.utils.prune as theirs
 from torch import nn
 
-from gptbook.checkpoints import CheckpointError, load_model, save_model
+from gptbook.checkpoints import load_model, save_model
 from gptbook.core import TRANSFORMS, GPTConfig, LossModel
 from gptbook.pruning import (
     GradualPruning, Mask, all_but_smallest, cubic_sparsity, finalize, mask_of, prune, sparsity,
@@ -19,7 +19,8 @@ from gptbook.runs import TrainConfig
 from gptbook.structured_pruning import prune_heads, prune_neurons
 from gptbook.training import train
 from pruning_examples import (
-    RECIPES, SIZES, V, a_gpt, block_linears, everything, quantized, some_ids, unchanged,
+    BAD_AMOUNTS, RECIPES, SIZES, V, a_gpt, assert_refused, block_linears, everything, quantized,
+    some_ids, unchanged,
 )
 from tiny_runs import DATA, HELD_OUT, a_model
 
@@ -281,18 +282,10 @@ def test_a_loaded_model_can_be_pruned_and_finalized_further(tmp_path):
     ["prune", {"modules": ["blocks.9.mlp.fc_in"]}], ["prune", {"modules": ["head"]}],
 ])
 def test_a_hostile_file_is_refused(tmp_path, transform):
-    model = a_gpt()
-    save_model(tmp_path / "m.safetensors", model)
-    assert load_model(tmp_path / "m.safetensors")
-    model.transforms.append(transform)
-    save_model(tmp_path / "m.safetensors", model)
-    with pytest.raises(CheckpointError):
-        load_model(tmp_path / "m.safetensors")
+    assert_refused(transform, tmp_path / "m.safetensors")
 
 
 # Refusals ----------------------------------------------------------------------------
-BAD_AMOUNTS = [-0.1, 1, 1.0, 1.5, float("nan"), float("inf"), True, "half", None]
-
 
 @pytest.mark.parametrize("amount", BAD_AMOUNTS)
 def test_amounts_outside_are_refused(amount):

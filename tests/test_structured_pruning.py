@@ -9,7 +9,7 @@ import torch
 import torch.nn.utils.prune as theirs
 from torch import nn
 
-from gptbook.checkpoints import CheckpointError, load_demo, load_model, save_model
+from gptbook.checkpoints import load_demo, load_model, save_model
 from gptbook.core import TRANSFORMS, GPTModel, LossModel, set_seed
 from gptbook.generation import generate_text
 from gptbook.inference import KVCache
@@ -18,7 +18,8 @@ from gptbook.structured_pruning import (
     HeadBias, head_counts, head_scores, narrowed, neuron_scores, prune_heads, prune_neurons,
 )
 from pruning_examples import (
-    RECIPES, SIZES, T, V, a_gpt, everything, quantized, some_ids, unchanged,
+    BAD_AMOUNTS, RECIPES, SIZES, T, V, a_gpt, assert_refused, everything, quantized, some_ids,
+    unchanged,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -243,18 +244,10 @@ def test_sizes_by_hand():
     ["prune_neurons", {"surprise": 1}],
 ])
 def test_a_hostile_file_is_refused(tmp_path, transform):
-    model = a_gpt()
-    save_model(tmp_path / "m.safetensors", model)
-    assert load_model(tmp_path / "m.safetensors")
-    model.transforms.append(transform)
-    save_model(tmp_path / "m.safetensors", model)
-    with pytest.raises(CheckpointError):
-        load_model(tmp_path / "m.safetensors")
+    assert_refused(transform, tmp_path / "m.safetensors")
 
 
 # Refusals ----------------------------------------------------------------------------
-BAD_AMOUNTS = [-0.1, 1, 1.0, 1.5, float("nan"), float("inf"), True, "half", None]
-
 
 @pytest.mark.parametrize("change", [prune_heads, prune_neurons])
 @pytest.mark.parametrize("amount", BAD_AMOUNTS)
