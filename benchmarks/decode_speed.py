@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from gptbook.core import GPTConfig, GPTModel, pick_device, set_seed
-from gptbook.generation import generate_text, sample
+from gptbook.generation import generate_text
+from gptbook.sampling import sample
 
 SHAPES = {
     "small": GPTConfig(vocab_size=4096, context_length=1024, emb_dim=384, n_layers=6, n_heads=6),
