@@ -74,7 +74,7 @@ def weight_bytes(
             continue
         missed = (1 - shares.get(module, 1)) ** (n_tokens * batch)
         for x in tensors:
-            whole[x.untyped_storage().data_ptr() or id(x)] = x.nbytes * (1 - missed)
+            whole[x.data_ptr() or id(x)] = x.nbytes * (1 - missed)
     return rows + sum(whole.values())
 
 # %% ../nbs/02_cost_of_a_token.ipynb #roof0020
@@ -148,6 +148,8 @@ def token_cost(
     for name, value in counts.items():
         if type(value) is not int or value < (name != "n_tokens_before"):
             raise ValueError(f"{name}={value!r} is no such number of rows or tokens")
+    if n_logits is not None and not 0 <= n_logits <= n_tokens:
+        raise ValueError(f"n_logits={n_logits!r} of a step of n_tokens={n_tokens}")
     step = n_tokens_before, n_tokens, batch
     return TokenCost(
         weight_bytes(model, n_tokens, batch), cache_bytes_read(model, *step, itemsize),
@@ -196,5 +198,9 @@ def decode_roof(
     bandwidth: float,        # bytes a second
     peak: float = math.inf,  # operations a second
 ) -> float:
-    """Tokens a second that no implementation of the step can exceed (Williams 2009)."""
+    """Tokens a second that no implementation of the step can exceed (Williams 2009).
+
+    Raises `ValueError` for a machine that does nothing in a second."""
+    if not (bandwidth > 0 and peak > 0):
+        raise ValueError(f"bandwidth={bandwidth!r}, peak={peak!r}: both must be above 0")
     return cost.tokens / max(cost.bytes / bandwidth, cost.operations / peak)

@@ -306,7 +306,8 @@ def test_experts_that_a_token_does_not_reach():
 
 @pytest.mark.parametrize("counts", [
     dict(batch=0), dict(batch=-1), dict(batch=1.0), dict(n_tokens=0), dict(batch=True),
-    dict(n_tokens_before=-1), dict(n_tokens_before=2.5)], ids=str)
+    dict(n_tokens_before=-1), dict(n_tokens_before=2.5), dict(n_logits=-1),
+    dict(n_logits=2)], ids=str)
 def test_counts_that_no_step_has(counts):
     name, value = next(iter(counts.items()))
     with pytest.raises(ValueError, match=f"{name}={value}"):
@@ -321,6 +322,23 @@ def test_a_roof_is_the_slower_wall():
     assert decode_roof(cost, bandwidth=100, peak=150) == 2
     assert decode_roof(cost, bandwidth=1e9, peak=math.inf) == 4e7
     assert decode_roof(TokenCost(80, 20, 300), 100) == 1
+
+
+@pytest.mark.parametrize("machine", [(0, 1.0), (-1.0, 1.0), (math.nan, 1.0), (1.0, 0)])
+def test_a_machine_that_does_nothing_has_no_roof(machine):
+    with pytest.raises(ValueError, match="both must be above 0"):
+        decode_roof(TokenCost(80.0, 20.0, 300.0), *machine)
+
+
+def test_tensors_that_share_one_block_of_memory_are_all_counted():
+    """A file that is mapped, or weights laid side by side: views of one storage."""
+    model = a_model()
+    before, total = weight_bytes(model), sum(p.numel() for p in model.parameters())
+    block, at = torch.zeros(total), 0
+    for p in model.parameters():
+        p.data = block[at : at + p.numel()].view_as(p)
+        at += p.numel()
+    assert weight_bytes(model) == before
 
 
 def test_rows_are_free_until_the_ridge():
