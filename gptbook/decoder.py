@@ -327,8 +327,8 @@ class NativeReader:
         straight = T == 1 or after.reach <= min(cache.sizes)
         return B * T <= self.native.rows and straight
 
-    def by_calls(self, input_ids: Tensor, where: Positions) -> Tensor:  # (B, V)
-        """The step that began, in native calls."""
+    def by_calls(self, input_ids: Tensor, where: Positions, every=False) -> Tensor:
+        """The step that began, in native calls: (B, V), or of every token (B, T, V)."""
         cache, native, B = self.cache, self.native, len(input_ids)
         x = self.model.position_embedding(embed(self.model, input_ids), where)
         row, position, last = tokens_of(where, B)
@@ -341,23 +341,24 @@ class NativeReader:
                    for K, D in native.heads]
             buffers = [hold(cache, layer, (y, y)) for layer, y in enumerate(new)]
         native.place(row, position)
-        logits = native.run(x, buffers, last)
+        logits = native.run(x, buffers, None if every else last)
         cache._step.buffers.update(enumerate(buffers))
         cache.commit()
-        return logits
+        return logits.view(B, -1, logits.shape[1]) if every else logits
 
-    def in_parts(self, input_ids: Tensor, where: Positions) -> Tensor:  # (B, V)
+    def in_parts(self, input_ids: Tensor, where: Positions, every=False) -> Tensor:
         """Chunks that fit; none wraps a ring. All ids are checked before the first."""
         embed(self.model, input_ids)
-        B, T = input_ids.shape
+        (B, T), found = input_ids.shape, []
         index = where.index.expand(B, -1)
         size = max(1, self.native.rows // B)
         straight = self.cache._step.after.reach <= min(self.cache.sizes)
         pieces = zip(*(y.split(size if straight else 1, 1) for y in (input_ids, index)))
         for ids, positions in pieces:
             self.cache.begin(B, ids.shape[1], positions)
-            logits = self.by_calls(ids, self.cache._step.where)
-        return logits
+            logits = self.by_calls(ids, self.cache._step.where, every)
+            found += [logits.clone()] if every else []
+        return torch.cat(found, 1) if every else logits
 
 # %% ../nbs/02d_decoder.ipynb #deco0027
 class Reader(NativeReader):
@@ -381,6 +382,16 @@ class Reader(NativeReader):
             with batch_invariant(model):
                 pass  # raises where it cannot be had
 
+    def begin(self, input_ids: Tensor, positions: Tensor | None = None) -> Positions:
+        """Where the new tokens stand; checks their shape, and writes nothing."""
+        B, T = input_ids.shape
+        if B > self.max_batch:
+            raise ValueError(f"{B} rows do not fit a decoder of max_batch="
+                             f"{self.max_batch}")
+        where = self.cache.begin(B, T, positions)
+        self.used = max(self.used, self.cache._step.after.reach)
+        return where
+
     @torch.no_grad()
     def read(
         self,
@@ -390,25 +401,36 @@ class Reader(NativeReader):
         """Go on with some tokens in each row: a prompt, a chunk of one, a new token.
 
         Raises `ValueError` past the length, or for more than `max_batch` rows."""
-        B, T = input_ids.shape
-        if B > self.max_batch:
-            raise ValueError(f"{B} rows do not fit a decoder of max_batch="
-                             f"{self.max_batch}")
-        where = self.cache.begin(B, T, positions)
-        self.used = max(self.used, self.cache._step.after.reach)
-        if self.native and self.fits(B, T):
+        where = self.begin(input_ids, positions)
+        if self.native and self.fits(*input_ids.shape):
             return self.by_calls(input_ids, where)
         if self.native and self.deterministic:
             return self.in_parts(input_ids, where)
-        model, cache = self.model, self.cache
         if self.replays and positions is None:
-            logits = self.replays.read(cache, input_ids, where)
+            logits = self.replays.read(self.cache, input_ids, where)
             if logits is not None:
                 return logits
-        kernels = PromptKernels(self.tune)
+        return self.by_model(input_ids, positions)
+
+    def by_model(self, input_ids: Tensor, positions=None, every=False) -> Tensor:
+        """The step in PyTorch: (B, V), or of every token (B, T, V)."""
+        model, kernels = self.model, PromptKernels(self.tune)
         with batch_invariant(model) if self.deterministic else kernels:
-            features = model.features(input_ids, positions=positions, cache=cache)
-            return model.head(features[:, -1])
+            features = model.features(input_ids, positions=positions, cache=self.cache)
+            return model.head(features if every else features[:, -1])
+
+    @torch.no_grad()
+    def read_all(self, input_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, V)
+        """Go on with T tokens in each row: the logits after every one of them.
+
+        What T steps would give, in one: to check a draft. `truncate` takes back what
+        is refused. Raises `ValueError` past the length, as `read` does."""
+        where = self.begin(input_ids)
+        if self.native and self.fits(*input_ids.shape):
+            return self.by_calls(input_ids, where, every=True)
+        if self.native and self.deterministic:
+            return self.in_parts(input_ids, where, every=True)
+        return self.by_model(input_ids, every=True)
 
 # %% ../nbs/02d_decoder.ipynb #deco0028
 class Decoder(Reader):

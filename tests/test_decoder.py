@@ -513,3 +513,52 @@ def test_on_a_gpu_steps_are_replayed():
     assert decoder.replays.recorded is not None, decoder.replays.refused
     texts = check(Decoder(make(), 3, 40), steps=12)
     assert [list(row) for row in zip(*got)] == [t[len(p):] for t, p in zip(texts, PROMPTS)]
+
+# All logits at once -------------------------------------------------------------------
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("recipe, form", [
+    *product(["gpt2", "llama", "mistral"], ["32", "16", "8", "4"]), ("alibi", "32"),
+    ("strided", "32"), ("mixtral", "32"), ("longformer", "32"), ("bigbird", "32"),
+])
+def test_all_logits_are_those_of_single_steps(recipe, form, deterministic):
+    model = make(recipe)
+    options = dict(deterministic=deterministic, spare=30, **FORMS[form])
+    one, many = Decoder(model, 2, 50, **options), Decoder(model, 2, 50, **options)
+    ids = torch.randint(V, (2, 40))
+    one.read(ids[:, :1]), many.read(ids[:, :1])
+    steps = torch.stack([one.step(x).clone() for x in ids[:, 1:].T], 1)
+    for a, b in [(1, 2), (2, 6), (6, 11), (11, 12), (12, 40)]:  # the last is past `rows`
+        got = many.read_all(ids[:, a:b])
+        assert got.shape == (2, b - a, V)
+        due = steps[:, a - 1 : b - 1]
+        far = (got - due).abs().max() / due.abs().max()
+        assert far == 0 if deterministic else far <= 1e-5, (a, b, far)
+
+
+@pytest.mark.parametrize("recipe", ["gpt2", "llama", "mistral", "alibi"])
+def test_what_is_refused_is_taken_back_row_by_row(recipe):
+    """Drafts are checked, some are refused, other tokens follow: as if never read."""
+    model = make(recipe)
+    decoder, texts = Decoder(model, 2, 60, spare=6), torch.randint(V, (2, 48)).tolist()
+    n = [9, 9]
+    decoder.start([text[:9] for text in texts])
+    for kept in [(1, 5), (3, 3), (6, 1), (2, 4), (5, 5), (1, 6)]:  # tokens that were right
+        drafts = [text[i : i + k] + [(text[i + k] + 1) % V] * (6 - k)
+                  for text, i, k in zip(texts, n, kept)]
+        logits = decoder.read_all(torch.tensor(drafts))
+        n = [i + k for i, k in zip(n, kept)]
+        decoder.truncate(torch.tensor(n))
+        for b, (text, i, k) in enumerate(zip(texts, n, kept)):
+            with torch.no_grad():
+                full = model(torch.tensor([text[:i]]))[0, -k:]
+            assert (logits[b, :k] - full).abs().max() <= 1e-5 * full.abs().max(), (b, i)
+
+
+def test_all_logits_of_too_much():
+    decoder = Decoder(make(), 1, 12)
+    decoder.start([[1, 2, 3]])
+    with pytest.raises(ValueError, match="13 tokens do not fit"):
+        decoder.read_all(torch.zeros(1, 10, dtype=torch.long))
+    with pytest.raises(ValueError, match="max_batch=1"):
+        decoder.read_all(torch.zeros(2, 1, dtype=torch.long))
+    assert decoder.cache.length == 3, "nothing was read"
