@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['straight_through', 'fake_quantize', 'Observer', 'observers', 'freeze_observers', 'freeze_after', 'StaticInt8Linear',
            'fake_weight', 'fake_tokens', 'FakeQuantLinear', 'stored_layer', 'FakeQuantEmbedding', 'prepare_qat',
-           'qat_options', 'make_static', 'static_shapes', 'convert', 'unwrap', 'observed']
+           'qat_options', 'make_static', 'static_shapes', 'convert', 'unwrap', 'renamed', 'observed']
 
 # %% ../nbs/02aa_quantization_aware_training.ipynb #qatc0004
 from collections.abc import Callable
@@ -84,7 +84,7 @@ def observers(model: nn.Module) -> dict[str, Observer]:  # by name
         raise ValueError(f"{what}: train the prepared model first")
     return found
 
-# %% ../nbs/02aa_quantization_aware_training.ipynb #qatc0c29
+
 def freeze_observers(model: nn.Module) -> int:  # how many there are
     """Let the scale of each observer stay as it is; raises as `observers` does."""
     found = observers(model)
@@ -92,7 +92,7 @@ def freeze_observers(model: nn.Module) -> int:  # how many there are
         observer.frozen.fill_(True)
     return len(found)
 
-# %% ../nbs/02aa_quantization_aware_training.ipynb #qatc0b29
+
 def freeze_after(step: int) -> Callable:  # a callback for `train`
     """Freeze all observers when so many steps are done."""
     def callback(run: Run) -> None:
@@ -139,7 +139,7 @@ def fake_weight(
         nearest = dequantize_groups(q, scale.to(weight.dtype), group)
     return straight_through(weight, nearest)
 
-# %% ../nbs/02aa_quantization_aware_training.ipynb #qatc0d33
+
 def fake_tokens(x: Tensor) -> Tensor:  # (..., K)
     """Round activations to int8 with one scale a token; the slope is 1."""
     q, scale = quantize_tokens(x)
@@ -188,7 +188,7 @@ def stored_layer(layer: FakeQuantLinear) -> QuantizedModule:
     static = isinstance(layer.inputs, Observer)
     return StaticInt8Linear(linear, layer.inputs.amax) if static else linear
 
-# %% ../nbs/02aa_quantization_aware_training.ipynb #qatc0a34
+
 class FakeQuantEmbedding(nn.Module):
     """A table whose rows come out rounded: a row is a token, with a scale of its own.
 
@@ -285,8 +285,8 @@ def convert(model: GPTModel) -> list[str]:  # names of what was replaced
     static, amax = options["scheme"] == "int8_static", {}
     if static:
         options["scheme"], amax = "int8_dynamic", observed(model)
+    model.transforms[:] = [renamed(model, each) for each in before if each is not entry]
     wrappers = unwrap(model)
-    model.transforms.remove(entry)
     try:
         names = quantize(model, **options)
     except Exception:
@@ -305,6 +305,15 @@ def unwrap(model: GPTModel) -> dict:  # what was inside -> its wrapper
     wrappers = {m.base: m for m in model.modules() if isinstance(m, kinds)}
     replace_modules(model, lambda _, m: isinstance(m, kinds), lambda _, m: m.base)
     return wrappers
+
+
+def renamed(model: GPTModel, entry: list) -> list:
+    """A transform with the names that linears have when their wrappers are gone."""
+    if entry[0] != "prune":
+        return entry
+    inner = {f"{name}.base": name for name, module in model.named_modules()
+             if isinstance(module, FakeQuantLinear)}
+    return ["prune", {"modules": [inner.get(x, x) for x in entry[1]["modules"]]}]
 
 
 def observed(model: GPTModel) -> dict:  # {name of a linear: the largest input}

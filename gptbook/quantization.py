@@ -6,7 +6,8 @@
 __all__ = ['SCHEMES', 'NEVER', 'to_integers', 'quantize_rows', 'largest_integer', 'decibels', 'quantize_tokens', 'probe_int_mm',
            'int_mm_is_exact', 'integer_product', 'QuantizedModule', 'Int8Linear', 'Int8Embedding', 'quantize_groups',
            'dequantize_groups', 'check_group', 'pack_int4', 'unpack_int4', 'Int4Linear', 'last_part', 'targets',
-           'key_of', 'rounded_weight', 'unfilled', 'swap', 'quantize', 'checked_options', 'quantized_shapes']
+           'key_of', 'rounded_weight', 'unfilled', 'swap', 'quantize', 'drop_masks', 'checked_options',
+           'quantized_shapes']
 
 # %% ../nbs/02a_quantization.ipynb #q2ax0000
 from functools import cache
@@ -53,9 +54,15 @@ def decibels(
     x: Tensor,              # what it should be
     approximation: Tensor,  # what it is
 ) -> float:  # infinite if they are equal
-    """Signal to noise: ten times the power of ten by which the signal is stronger."""
+    """Signal to noise: ten times the power of ten by which the signal is stronger.
+
+    Raises `ValueError` for two shapes: they would be spread over each other."""
+    if x.shape != approximation.shape:
+        raise ValueError(f"{tuple(x.shape)} and {tuple(approximation.shape)} differ")
     x, approximation = x.detach().double(), approximation.detach().double()
     noise = (x - approximation).square().sum()
+    if noise == 0:
+        return float("inf")
     return 10 * (x.square().sum() / noise).log10().item()
 
 # %% ../nbs/02a_quantization.ipynb #q2ax0003
@@ -174,7 +181,8 @@ class Int8Embedding(QuantizedModule):
         return self.weight_q * self.scale.float()
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.weight_q[ids] * self.scale[ids]
+        # not weight_q[ids], which would take -1 for the last row
+        return F.embedding(ids, self.weight_q) * F.embedding(ids, self.scale)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"
@@ -213,7 +221,11 @@ def check_group(group: int) -> None:
 def pack_int4(
     q: Tensor,  # integers from -8 to 7, (N, K)
 ) -> Tensor:  # uint8 (N, K / 2, rounded up)
-    """Two to a byte: even columns in the low half, odd ones in the high half."""
+    """Two to a byte: even columns in the low half, odd ones in the high half.
+
+    Raises `ValueError` for integers that need more than four bits."""
+    if q.numel() and not -8 <= q.min() <= q.max() <= 7:
+        raise ValueError(f"integers from {q.min()} to {q.max()} need more than 4 bits")
     low, high = F.pad(q & 15, (0, q.shape[1] % 2)).unflatten(1, (-1, 2)).unbind(2)
     return (low | high << 4).to(torch.uint8)
 
@@ -343,7 +355,17 @@ def quantize(
 
     A tied head stays tied. Raises `ValueError` for an unknown scheme or name, for a
     model that is quantized already, and for weights that are not finite."""
-    return swap(model, checked_options(model, scheme, keep, group), rounded_weight)
+    names = swap(model, checked_options(model, scheme, keep, group), rounded_weight)
+    drop_masks(model, names)
+    return names
+
+
+def drop_masks(model: GPTModel, names: list[str]) -> None:
+    """Masks of rounded linears are gone, their zeros are integers: a file needs none."""
+    for entry in [entry for entry in model.transforms if entry[0] == "prune"]:
+        left = [name for name in entry[1]["modules"] if name not in names]
+        at = model.transforms.index(entry)
+        model.transforms[at : at + 1] = [["prune", {"modules": left}]] if left else []
 
 
 def checked_options(model: GPTModel, scheme: str, keep=(), group: int = 32) -> dict:

@@ -15,6 +15,7 @@ from gptbook.checkpoints import load_model, load_state, save_model
 from gptbook.core import LossModel, innermost, replace_modules
 from gptbook.decoder import Decoder
 from gptbook.precision import BFloat16
+from gptbook.pruning import mask_of, prune
 from gptbook.qat import (
     FakeQuantEmbedding, FakeQuantLinear, Observer, StaticInt8Linear, convert, fake_quantize,
     fake_tokens, fake_weight, freeze_after, freeze_observers, observers, prepare_qat,
@@ -279,6 +280,40 @@ def test_the_comparison_sees_one_weight_that_differs():
         innermost(model.head).weight[3, 4] += 0.1
     convert(model)
     assert not same_state(model, expected)
+
+
+@pytest.mark.parametrize("order", ["pruned, prepared", "prepared, pruned"])
+@pytest.mark.parametrize("scheme", ALL)
+def test_pruned_and_prepared_in_either_order(scheme, order, tmp_path):
+    """The file of the converted model loads: its masks are gone, or have their names."""
+    model, keep = a_model(), ("fc_out",)
+    if order == "pruned, prepared":
+        prune(model, 0.5)
+    model = prepared(scheme, model, keep=keep)
+    if order == "prepared, pruned":
+        prune(model, 0.5)
+    before = logits(model)
+    for name in ("prepared", "converted"):
+        loaded = load_model(save_model(tmp_path / f"{name}.safetensors", model)).model
+        assert torch.equal(logits(loaded), before), name
+        assert loaded.transforms == model.transforms
+        if name == "prepared":
+            convert(model)
+    kept = [name for name, m in model.named_modules() if mask_of(m) is not None]
+    assert len(kept) == 2 and all(name.endswith("fc_out") for name in kept)
+    (entry,) = [options for name, options in model.transforms if name == "prune"]
+    assert sorted(entry["modules"]) == sorted(kept)
+
+
+def test_a_refused_conversion_leaves_the_names_of_masks():
+    model = prepared("int8")
+    prune(model, 0.5)
+    transforms = copy.deepcopy(model.transforms)
+    with torch.no_grad():
+        innermost(model.head).weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        convert(model)
+    assert model.transforms == transforms and isinstance(model.head, FakeQuantLinear)
 
 
 @pytest.mark.parametrize("scheme", ALL)

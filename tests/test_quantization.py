@@ -21,7 +21,7 @@ from gptbook.atomic_files import CheckpointError
 from gptbook.checkpoints import load_demo, load_model, save_model
 from gptbook.core import GPTConfig, GPTModel, LossModel, replace_modules, set_seed
 from gptbook.inference import KVCache
-from gptbook.pruning import prune
+from gptbook.pruning import finalize, prune
 from gptbook.quantization import (
     SCHEMES, Int4Linear, Int8Embedding, Int8Linear, decibels, dequantize_groups,
     integer_product, pack_int4, quantize, quantize_groups, quantize_rows,
@@ -119,6 +119,9 @@ def test_decibels():
     assert decibels(x, 0.9 * x) == pytest.approx(20, abs=1e-4)
     assert decibels(x, 1.01 * x) == pytest.approx(40, abs=1e-3)
     assert decibels(x, x) == math.inf and decibels(x, -x) < 0
+    assert decibels(torch.zeros(3), torch.zeros(3)) == math.inf, "nothing, and rightly so"
+    with pytest.raises(ValueError, match=r"\(3, 4\) and \(4,\) differ"):
+        decibels(torch.ones(3, 4), torch.ones(4))  # would be spread over three rows
 
 
 @pytest.mark.parametrize("K", [16, 128, 768, 3072])
@@ -174,6 +177,21 @@ def test_all_bytes_unpack_to_what_they_hold():
     assert torch.equal(pack_int4(q), packed)
     signed = lambda n: n - 16 if n > 7 else n
     assert q.tolist() == [[signed(n & 15), signed(n >> 4)] for n in range(256)]
+
+
+@pytest.mark.parametrize("q", [[8, 0], [-9, 1], [127, -127]], ids=str)
+def test_what_needs_more_than_four_bits_is_not_packed(q):
+    with pytest.raises(ValueError, match=f"from {min(q)} to {max(q)} need more than 4"):
+        pack_int4(torch.tensor([q], dtype=torch.int8))
+
+
+@pytest.mark.parametrize("wrong", [-1, 5])
+def test_a_table_has_no_row_before_the_first(wrong):
+    table = torch.nn.Embedding(5, 3)
+    rounded = Int8Embedding(*quantize_rows(table.weight))
+    for either in (table, rounded):
+        with pytest.raises(IndexError):
+            either(torch.tensor([0, wrong]))
 
 
 def test_llama_cpp_rounds_alike():
@@ -480,6 +498,20 @@ def test_masked_weights_are_rounded_as_they_read(tmp_path):
         assert (model.blocks.get_submodule(name).weight_q[zero] == 0).all()
     file = save_model(tmp_path / "pruned.safetensors", model)
     assert torch.equal(load_model(file).model(tokens()), model(tokens()))
+    assert model.transforms == [["quantize", dict(scheme="int8", keep=[])]], "no mask left"
+
+
+@torch.no_grad()
+def test_masks_of_linears_that_stay_in_floats_stay(tmp_path):
+    prune(model := make(), 0.5)
+    quantize(model, "int4", keep=("fc_in",))
+    masked = [f"blocks.{i}.mlp.fc_in" for i in range(2)]
+    assert model.transforms[0] == ["prune", {"modules": masked}]
+    file = save_model(tmp_path / "half.safetensors", model)
+    loaded = load_model(file).model
+    assert torch.equal(loaded(tokens()), model(tokens()))
+    assert loaded.transforms == model.transforms
+    assert finalize(loaded) == masked and [t[0] for t in loaded.transforms] == ["quantize"]
 
 
 def test_other_parameters_still_train():
