@@ -95,7 +95,8 @@ def token_ends(tokenizer, ids: Sequence[int]) -> list[int]:
 
 def tokens_in(ends: list[int], start: int, end: int) -> list[int]:
     """The tokens that share a byte with a span of the text."""
-    return [i for i, (a, b) in enumerate(zip([0, *ends], ends)) if a < end and b > start]
+    spans = enumerate(zip([0, *ends], ends))
+    return [i for i, (a, b) in spans if a < end and b > start]
 
 # %% ../nbs/05b_patterns.ipynb #patt0017
 RELATIONS = ("pronoun, referent", "verb, subject", "object, place", "name, same name")
@@ -166,8 +167,8 @@ def words_of(tokenizer, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
     return [("∅", [t]) for t, i in enumerate(ids) if i == special and t == 0] + words
 
 
-PLAIN = set(POINTING) | set("a an the and or but so of to in on at by for with from was "
-                            "were is are had has have did do as that this not".split())
+PLAIN = {*POINTING, *("a an the and or but so of to in on at by for with from was were "
+         "is are had has have did do as that this not").split()}
 
 
 def relation_name(query: str, key: str, distance: int) -> str:

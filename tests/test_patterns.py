@@ -127,10 +127,10 @@ def test_relations_say_what_the_story_world_says(demo):
 @pytest.mark.parametrize("earlier", [0, 1])
 def test_answers_by_brute_force(earlier):
     source = torch.Generator().manual_seed(0)
-    weights = torch.rand(3, 2, 30, 30, generator=source).tril()
+    weights = torch.rand(5, 8, 30, 30, generator=source).tril()
     r = Relation(20, [[1, 2], [5], [7, 8, 9], [15]], [False, False, True, True])
     found = answers(weights, r, earlier)
-    for layer, head in itertools.product(range(3), range(2)):
+    for layer, head in itertools.product(range(5), range(8)):
         row = weights[layer, head, 20 - earlier]
         mass = [sum(row[t].item() for t in tokens) for tokens in r.places]
         assert found[layer, head] == r.right[max(range(4), key=mass.__getitem__)]
