@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'CHATML', 'SMOLLM2', 'PLAIN', 'ChatError', 'Template', 'template_for', 'Message', 'Messages', 'Conversation',
-           'Transcript', 'PrefixReader', 'common_prefix', 'until_stop', 'Room', 'Drawn', 'Answers', 'Chat']
+           'Transcript', 'PrefixReader', 'common_prefix', 'Room', 'Drawn', 'Answers', 'Chat']
 
 # %% ../nbs/06d_chat.ipynb #chatx000
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from .atomic_files import atomic_write
 from .checkpoints import _json, _refusing
 from .core import GPTModel
 from .decoder import Decoder
+from .generation import TextStream
 from .sampler import Sampler
 from .sampling import is_whole
 from .tokenizer import Tokenizer
@@ -220,7 +220,7 @@ class PrefixReader:
         self.n_read = 0  # tokens since it was made
 
     def read(self, ids: Sequence[int]) -> Tensor:  # (1, V), after the last of them
-        """The logits that `decoder.start([ids])` gives, for the price of the new ids."""
+        """The logits of `decoder.start([ids])`, for the price of what is new."""
         n = self.keep(ids)
         device = self.decoder.cache.device
         logits = self.decoder.read(torch.tensor([ids[n:]], device=device))
@@ -259,25 +259,6 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 # %% ../nbs/06d_chat.ipynb #chatx007
-def until_stop(
-    pieces: Iterable[str],
-    stops: Sequence[str],  # the first of them to appear ends the text before it
-) -> Iterator[str]:
-    """Pass text on, piece by piece, and hold back what may become a stop string."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        if found := [at for text in stops if (at := held.find(text)) >= 0]:
-            yield held[: min(found)]
-            return
-        sizes = (n for text in stops for n in range(1, len(text))
-                 if held.endswith(text[:n]))
-        sure = len(held) - max(sizes, default=0)
-        yield held[:sure]
-        held = held[sure:]
-    yield held
-
-# %% ../nbs/06d_chat.ipynb #chatx008
 class Room(Transcript):
     """A transcript that must fit a context: the oldest turns go out of sight."""
 
@@ -292,8 +273,9 @@ class Room(Transcript):
         first, size = self.first, lambda i: len(self.row(asked, first=i))
         room = self.limit - min(self.length, self.limit // 2)  # for what is read
         if size(first) > room:  # old turns go, until half of it is free
-            later = [i for i, m in enumerate(self.log) if m.role == "user" and i > first]
-            first = next((i for i in later if size(i) <= room // 2), len(self.log))
+            turns = [i for i, m in enumerate(self.log) if m.role == "user"]
+            fits = (i for i in turns if i > first and size(i) <= room // 2)
+            first = next(fits, len(self.log))
         left = self.limit - size(first)
         if left < 1:
             raise ChatError(f"a message of {len(asked.ids)} tokens, with what must "
@@ -307,7 +289,7 @@ class Room(Transcript):
         opening = self.template.opening("assistant")
         return opening[len(opening.rstrip(" ")) :]
 
-# %% ../nbs/06d_chat.ipynb #chatx009
+# %% ../nbs/06d_chat.ipynb #chatx008
 class Drawn(Room):
     """The tokens of a reply as they come, and those that stay when it is over."""
 
@@ -342,9 +324,15 @@ class Drawn(Room):
                 return
         said.ids = self.message(said.role, said.content).ids  # it ended inside a token
 
-# %% ../nbs/06d_chat.ipynb #chatx010
+# %% ../nbs/06d_chat.ipynb #chatx009
 class Answers(Drawn):
     """The text of a reply as it comes."""
+
+    def say(self, said: Message, text: str) -> str:
+        """Add to a reply; a space before its first word belongs to the template."""
+        text = text if said.content else text.removeprefix(self.gap)
+        said.content += text
+        return text
 
     def answer(self, asked: Message) -> Iterator[str]:
         """Take up the message, and write the reply to it piece by piece."""
@@ -355,19 +343,20 @@ class Answers(Drawn):
         self.first, row = first, self.row(asked, first=first)
         said = Message("assistant", "", self.reply_opening, "")
         self.log += [asked, said]
-        pieces = self.tokenizer.stream(self.draw(said, row, room))
-        whole = takewhile(lambda _: not said.ended, pieces)  # no part of a character
+        stream = TextStream(self.tokenizer, row, self.template.stops)
         try:
-            for piece in until_stop(whole, self.template.stops):
-                piece = piece if said.content else piece.removeprefix(self.gap)
-                said.content += piece
-                if piece:
+            for new in self.draw(said, row, room):
+                if piece := self.say(said, stream.push(new)):
                     yield piece
-            said.ended = said.ended or "text"
+                if stream.stopped:
+                    said.ended = "text"
+                    return
+            if piece := self.say(said, stream.held):  # it waited for a stop in vain
+                yield piece
         finally:
             self.settle(said)
 
-# %% ../nbs/06d_chat.ipynb #chatx011
+# %% ../nbs/06d_chat.ipynb #chatx010
 class Chat(Answers):
     """A conversation with a model, which reads each token of it once.
 
