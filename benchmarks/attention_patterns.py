@@ -18,7 +18,7 @@ from tqdm import trange
 
 from gptbook.attention import capture_attention
 from gptbook.checkpoints import load_demo
-from gptbook.patterns import RELATIONS, answers, induction_scores, relations
+from gptbook.head_patterns import RELATIONS, answers, induction_scores, relations
 from gptbook.stories import story
 
 UNSEEN, FIRST = 977, 5000           # stories that no run trains on

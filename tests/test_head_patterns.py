@@ -8,7 +8,7 @@ import torch
 
 from gptbook.checkpoints import load_demo
 from gptbook.core import GPTConfig, GPTModel, MultiHeadAttention, set_seed
-from gptbook.patterns import (
+from gptbook.head_patterns import (
     RELATIONS, Relation, answers, attention_report, attention_warnings, evenly, habits,
     induction_scores, pattern_scores, relations, token_ends, tokens_in, words_of)
 from gptbook.stories import story
