@@ -6,15 +6,18 @@
 __all__ = ['repeated', 'check_sampler', 'Sampler']
 
 # %% ../nbs/06_combined_sampler.ipynb #comb0003
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gptbook.sampling import (
-    candidates, check_logits, check_sampling, compact, draw, is_number, is_whole, nucleus,
+    array, candidates, check_logits, check_sampling, draw, heat_of, is_number, is_whole,
+    join, nucleus,
 )
 
 # %% ../nbs/06_combined_sampler.ipynb #combrept
@@ -28,7 +31,7 @@ def repeated(text: Sequence[int], n: int) -> list[int]:
 def check_sampler(s) -> None:
     """Raise `ValueError` for a setting that a `Sampler` cannot have; names its value."""
     check_sampling(s.temperature, s.top_k, s.top_p)
-    finite = lambda x: is_number(x) and abs(x) < float("inf")
+    finite = lambda x: is_number(x) and abs(x) < math.inf
     for name, ok, rule in (
         ("min_p", s.min_p is None or is_number(s.min_p) and 0 <= s.min_p <= 1,
          "lie in [0, 1]; 0 or None keeps all"),
@@ -60,7 +63,7 @@ def penalise(row: Tensor, text, new, s) -> None:  # row (V,) changes
         less = tensor(counts) * s.frequency_penalty + s.presence_penalty
         row[tensor(ids)] -= less.to(row)
     if s.no_repeat_ngram:
-        row[tensor(repeated(text, s.no_repeat_ngram))] = float("-inf")
+        row[tensor(repeated(text, s.no_repeat_ngram))] = -math.inf
 
 
 def check_ids(ids, vocab_size: int, what: str) -> None:
@@ -76,7 +79,7 @@ def adjusted(s, logits: Tensor, texts, step: int) -> Tensor:  # (B, V), at least
     check_ids([*s.banned, *s.forced.values()], V, "banned or forced")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
     if step in s.forced:
-        logits[:] = float("-inf")
+        logits[:] = -math.inf
         logits[:, s.forced[step]] = 0
         return logits
     if s.needs_texts:
@@ -86,32 +89,38 @@ def adjusted(s, logits: Tensor, texts, step: int) -> Tensor:  # (B, V), at least
             text = text.tolist() if hasattr(text, "tolist") else list(text)
             check_ids(text, V, "the text holds")
             penalise(row, text, text[len(text) - step :], s)
-    logits[:, list(s.banned)] = float("-inf")
-    if (logits == float("-inf")).all(1).any():
+    logits[:, list(s.banned)] = -math.inf
+    if (logits == -math.inf).all(1).any():
         raise ValueError("no token is left: banned, no_repeat_ngram and the logits "
                          "themselves exclude them all")
     return logits
 
 # %% ../nbs/06_combined_sampler.ipynb #combfilt
-def distances(logits, ids, temperature) -> Tensor:  # (B, M) float64; inf = dropped
-    """How far each candidate lies below the most likely, in units of temperature."""
-    values = logits.gather(1, ids.clamp(min=0)).double().where(ids >= 0, -float("inf"))
-    heat = float(min(max(temperature, 1e-30), 1e38))
-    return (values.amax(1, keepdim=True) - values) / heat
+def near_the_peak(distance: np.ndarray, min_p: float) -> np.ndarray:  # (M,) bool
+    """Who is at least `min_p` times as likely as the most likely one."""
+    return np.exp(-distance) >= min_p
 
 
-def near_the_peak(ids, distance, min_p) -> tuple[Tensor, Tensor]:
-    """Candidates at least `min_p` times as likely as the most likely one."""
-    weights = (-distance).exp()
-    return compact(ids, weights, (weights >= min_p) & (weights > 0))
+def typical(distance: np.ndarray, mass: float) -> np.ndarray:  # places, ascending
+    """Whose distance is nearest to the mean distance, until they hold the mass."""
+    probs = np.exp(-distance)
+    probs /= probs.sum()
+    mean = probs @ np.where(probs > 0, distance, 0)
+    off = np.abs(distance - mean)
+    return nucleus(-off, off, probs, mass)
 
 
-def typical(ids, distance, mass) -> tuple[Tensor, Tensor]:
-    """Candidates whose distance is nearest to its mean, until they hold the mass."""
-    probs = (-distance).softmax(1)
-    mean = (probs * distance).nan_to_num(0).sum(1, keepdim=True)
-    off = (distance - mean).abs()
-    return compact(ids, probs, nucleus(-off, off, probs, mass))
+def narrowed(values, ids, s) -> tuple[np.ndarray, np.ndarray]:  # ids, weights
+    """Candidates (M,) of one row after min-p and typical sampling."""
+    with np.errstate(over="ignore"):  # float64 logits may lie 1e308 apart
+        distance = (values.max() - values.astype(np.float64)) / heat_of(s.temperature)
+    if s.min_p:
+        kept = near_the_peak(distance, s.min_p)
+        ids, distance = ids[kept], distance[kept]
+    if s.typical_p not in (None, 1):
+        kept = typical(distance, s.typical_p)
+        ids, distance = ids[kept], distance[kept]
+    return ids, np.exp(-distance)
 
 # %% ../nbs/06_combined_sampler.ipynb #combsamp
 @dataclass(frozen=True)
@@ -155,15 +164,11 @@ class Sampler:
         `texts` holds all ids of each row so far, the `step` newest of them new."""
         logits = self.adjust(check_logits(logits), texts, step)
         ids, probs = candidates(logits, self.temperature, self.top_k, self.top_p)
-        if self.temperature == 0:
+        if self.temperature == 0 or not (self.min_p or self.typical_p not in (None, 1)):
             return ids, probs
-        if self.min_p:
-            ids, probs = near_the_peak(ids, distances(logits, ids, self.temperature),
-                                       self.min_p)
-        if self.typical_p not in (None, 1):
-            ids, probs = typical(ids, distances(logits, ids, self.temperature),
-                                 self.typical_p)
-        return ids, probs
+        rows = ((row[row >= 0], x) for row, x in zip(ids, logits))
+        return join([narrowed(array(x[row]), array(row), self) for row, x in rows],
+                    logits.device)
 
     def __call__(self, logits, uniform, texts=None, step=0) -> Tensor:  # (B,)
         """Draw one token a row, decided by `uniform` (B,) in [0, 1), float64."""
