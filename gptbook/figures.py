@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INK', 'PAPER', 'PALETTE', 'HEAT', 'STYLE', 'CSS', 'BACKGROUND', 'FONT', 'VIEW_HTML', 'VIEW_DATA', 'VIEW_DRAW',
-           'VIEWS', 'TABLE_STYLE', 'Display', 'inline_svg', 'Drawing', 'canvas', 'use_style', 'lines', 'heatmap',
-           'grid', 'bars', 'spans', 'word_bars', 'boxes', 'attention_view', 'claims_table']
+           'VIEW_KEYS', 'VIEWS', 'TABLE_STYLE', 'Display', 'inline_svg', 'Drawing', 'canvas', 'use_style', 'lines',
+           'heatmap', 'grid', 'bars', 'spans', 'word_bars', 'boxes', 'attention_view', 'claims_table']
 
 # %% ../nbs/00a_figures.ipynb #f2f91cde
 #| code-fold: true
@@ -560,7 +560,10 @@ VIEW_HTML = """<style>
  margin-top:.2rem;cursor:crosshair}
 .gba .m i{position:absolute;left:0;right:0;outline:1.5px solid currentColor;
  pointer-events:none}
-.gba .k{margin:.8em 0 .3em}
+.gba input{font:inherit;color:inherit;background:none;border:1px solid #8885;
+ border-radius:4px;padding:.1em .4em;margin-top:.8em;width:11em}
+.gba .hit{outline:1.5px dashed rgb(var(--a))}
+.gba .k{margin:.5em 0 .3em}
 .gba .k button{padding:.12em .2em;margin:.1em .05em;white-space:pre}
 .gba .k [aria-pressed=true]{border-color:currentColor;font-weight:600}
 .gba .k .on{text-decoration:underline 2px;text-underline-offset:3px}
@@ -569,7 +572,8 @@ VIEW_HTML = """<style>
 <div class="h" role="group" aria-label="layers and heads; arrow keys move"></div></div>
 <div style="flex:1 1 16rem"><small>Row: the token that looks. Column: what it looks
 at.</small><div class="m"><canvas role="img" aria-label="weights of the chosen head">
-</canvas><i></i></div></div></div><p class="k" role="group"
+</canvas><i></i></div></div></div><input type="search" placeholder="find a token"
+aria-label="find a token; Enter follows the next one"><p class="k" role="group"
 aria-label="tokens; choose one to follow it, arrow keys move"></p><p class="s"
 aria-live="polite"></p><noscript>This view needs JavaScript; the figures on this page
 do not.</noscript></div><script>(async () => {__JS__})();</script>"""
@@ -642,6 +646,11 @@ D.tokens.forEach((_, t) => {
   K[t].textContent = word(t);
   K[t].onmouseenter = () => tell(q, t);
 });
+"""
+
+# %% ../nbs/00a_figures.ipynb #2f472e86
+#| code-fold: true
+VIEW_KEYS = r"""
 const cell = e => [e.offsetY / big.clientHeight, e.offsetX / big.clientWidth]
   .map(x => Math.min(T - 1, Math.max(0, Math.floor(x * T))));
 big.onmousemove = e => tell(...cell(e)); big.onclick = e => follow(cell(e)[0]);
@@ -650,6 +659,13 @@ const keys = (box, all, now, n, go) => box.onkeydown = e => {
   if (all[to]) { e.preventDefault(); go(to); all[to].focus(); }
 };
 keys(heads, B, () => l * H + h, H, pick); keys(words, K, () => q, 1, follow);
+const find = $("input"), hit = (_, t) => find.value.trim() && D.tokens[t].toLowerCase()
+  .includes(find.value.trim().toLowerCase());
+find.oninput = () => K.forEach((b, t) => b.classList.toggle("hit", !!hit(b, t)));
+find.onkeydown = e => {
+  const to = [...K.keys()].filter(t => hit(0, t)), next = to.find(t => t > q) ?? to[0];
+  if (e.key === "Enter" && to.length) { e.preventDefault(); follow(next); }
+};
 pick(l * H + h);
 """
 
@@ -675,7 +691,7 @@ def attention_view(
         raise ValueError(f"layer, head, token {at} lie outside {list(shape)}")
     content = json.dumps({"shape": shape, "at": at, "tokens": tokens, "data": data})
     view = f"gba-{hashlib.sha1(content.encode()).hexdigest()[:8]}-{next(VIEWS)}"
-    page = VIEW_HTML.replace("__JS__", VIEW_DATA + VIEW_DRAW)
+    page = VIEW_HTML.replace("__JS__", VIEW_DATA + VIEW_DRAW + VIEW_KEYS)
     page = page.replace("__ID__", view)
     shown = Display(page.replace("__DATA__", content.replace("<", "\\u003c")), title)
     size = len(shown._repr_html_().encode())

@@ -515,6 +515,25 @@ def test_the_view_answers_to_the_keyboard(browser, tmp_path):
 
 
 @needs_chromium
+def test_tokens_are_found_and_followed(browser, tmp_path):
+    tokens = ["Lily", " had", " a", " ball", ".", " lily"]
+    page = opened(browser, tmp_path, page_of(attention_view(causal(1, 2, 6, 6), tokens, token=1)))
+    typed = ("(() => { const f = document.querySelector('.gba input'); f.value = '%s'; "
+             "f.dispatchEvent(new Event('input')); return [...document.querySelectorAll("
+             "'.gba .hit')].map(b => b.textContent).join('|'); })()")
+    assert page.evaluate(typed % "LIL") == "Lily|·lily"
+    enter = ("document.querySelector('.gba input').dispatchEvent(new KeyboardEvent('keydown', "
+             "{key: 'Enter', cancelable: true}))")
+    for word in ("·lily", "Lily", "·lily"):          # on from the second token, then around
+        page.evaluate(enter)
+        assert f"“{word}” gives" in page.evaluate(STATUS)
+    assert page.evaluate(typed % "dragon") == "" and page.evaluate(typed % " ") == ""
+    page.evaluate(enter)
+    assert "“·lily” gives" in page.evaluate(STATUS) and page.errors == []
+    page.close()
+
+
+@needs_chromium
 @pytest.mark.parametrize("color", ["rgb(32, 36, 44)", "rgb(216, 219, 224)"])
 def test_words_take_the_pages_ink_and_nothing_else_changes(browser, tmp_path, color):
     drawing = lines([0, 1], {"a": [1, 2], "b": [2, 1]}, title="T", xlabel="steps")
