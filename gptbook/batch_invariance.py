@@ -72,9 +72,13 @@ def attend_alone(
     return out
 
 # %% ../nbs/02ac_batch_invariance.ipynb #binv0026
-ELEMENTWISE = {F.gelu, F.silu, torch.tanh, torch.sigmoid, Tensor.tanh, Tensor.sigmoid}
-PRODUCTS = {torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum,
-            Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm}
+ELEMENTWISE = {F.gelu, F.silu, F.softplus, F.mish, F.elu, F.logsigmoid, torch.tanh,
+               torch.sigmoid, torch.exp, Tensor.tanh, Tensor.sigmoid, Tensor.exp}
+_KINDS = ("matmul", "mm", "bmm", "mv", "dot", "inner", "addmm", "addmv", "baddbmm",
+          "addbmm", "vdot")
+PRODUCTS = {getattr(home, kind) for home in (torch, Tensor) for kind in _KINDS} | {
+    torch.einsum, torch.tensordot, torch.chain_matmul, torch.linalg.multi_dot,
+    F.bilinear, Tensor.__matmul__, Tensor.__rmatmul__}
 
 
 class FixedShapes(TorchFunctionMode):

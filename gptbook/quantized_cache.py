@@ -21,8 +21,16 @@ class Int8Cache(KVCache):
     Whoever reads them gets rounded ones, the newest too, so that a text's logits do not
     depend on the steps in which it came."""
 
+    floats: torch.dtype | None = None  # of the model that fills it: integers do not tell
+
     def pack(self, k: Tensor, v: Tensor) -> Sequence[Tensor]:
-        """int8 (B, K, T, D) and float32 scales (B, K, T, 1), of keys and of values."""
+        """int8 (B, K, T, D) and float32 scales (B, K, T, 1), of keys and of values.
+
+        Raises `ValueError` for keys of another dtype than those that are held."""
+        if self.batch is not None and self.floats not in (None, k.dtype):
+            raise ValueError(f"the cache was filled by a model in {self.floats}, got "
+                             f"{k.dtype}: another model, batch or dtype")
+        self.floats = k.dtype
         return *quantize_tokens(k), *quantize_tokens(v)
 
     def unpack(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:

@@ -68,7 +68,9 @@ def test_the_plain_linear_depends_on_the_rows():
                for row in range(40))
 
 
-@pytest.mark.parametrize("function", [F.gelu, F.silu, torch.tanh, torch.sigmoid])
+@pytest.mark.parametrize("function", [
+    F.gelu, F.silu, F.softplus, F.mish, F.elu, F.logsigmoid, torch.tanh, torch.sigmoid,
+    torch.exp], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("width", [1, 7, 64, 100, 170, 40_000])
 def test_whole_vectors_do_not_depend_on_the_rows(function, width):
     set_seed(0)
@@ -98,6 +100,16 @@ def test_queries_alone_are_the_formula(mask, heads, with_bias):
     order = torch.randperm(11)  # slots in another order: not a bit
     where["k_pos"] = Positions(keys[:, order])
     assert torch.equal(attend_alone(q, k[:, :, order], v[:, :, order], **where), got)
+
+
+@pytest.mark.parametrize("function", [F.silu, F.softplus, F.mish], ids=lambda f: f.__name__)
+def test_the_mode_takes_activations_by_the_rule(function):
+    set_seed(0)
+    x, rows = torch.randn(9, 101), range(1, 9)
+    with FixedShapes():
+        whole = function(x)
+        assert all(torch.equal(function(x[:M].clone()), whole[:M]) for M in rows)
+    torch.testing.assert_close(whole, function(x))
 
 
 # all together -----------------------------------------------------------------------
@@ -209,7 +221,10 @@ def test_other_attention_is_refused():
 
 @pytest.mark.parametrize("product", [
     lambda a: a @ a, lambda a: torch.mm(a, a), lambda a: a.matmul(a),
-    lambda a: torch.einsum("ij,jk->ik", a, a), lambda a: torch.addmm(a, a, a)])
+    lambda a: torch.einsum("ij,jk->ik", a, a), lambda a: torch.addmm(a, a, a),
+    lambda a: a.mv(a[0]), lambda a: torch.dot(a[0], a[1]), lambda a: torch.inner(a, a),
+    lambda a: torch.tensordot(a, a, 1), lambda a: a[None].bmm(a[None]),
+    lambda a: torch.linalg.multi_dot([a, a, a]), lambda a: a.addmm(a, a)])
 def test_products_without_a_rule_are_refused(product):
     with FixedShapes(), pytest.raises(RuntimeError, match="F.linear"):
         product(torch.eye(3))

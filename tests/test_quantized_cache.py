@@ -246,6 +246,20 @@ def test_models_of_other_dtypes(dtype):
     assert decibels(make("llama")(ids), got) > 20
 
 
+def test_a_model_of_another_dtype_is_refused():
+    """Integers look alike: without the note, half a cache would come from each model."""
+    model, ids = make("gpt2", torch.float32), tokens(2, 10)
+    other, cache = make("gpt2", torch.bfloat16), Int8Cache(model)
+    before = model(ids, cache=cache)
+    for held in (cache, cache.fork(2)):
+        rows = ids[:, :1].repeat_interleave(len(held.buffers[0][0]) // 2, 0)
+        with pytest.raises(ValueError, match="float32, got torch.bfloat16: another"):
+            other(rows, cache=held)
+    assert cache.length == 10 and torch.equal(model(ids, cache=Int8Cache(model)), before)
+    cache.truncate(0)  # an empty one may be used again
+    assert other(ids, cache=cache).dtype == torch.bfloat16
+
+
 def test_in_float32_the_difference_is_below_that_of_the_rounding():
     model, ids = make("llama", torch.float32), tokens(4, 40)
     oracle, cache = oracle_of(model), Int8Cache(model)
