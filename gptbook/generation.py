@@ -33,7 +33,7 @@ def row_seeds(seed, n_rows: int) -> list[int]:
                          f"{n_rows} rows")
     return list(map(int, seeds))
 
-# %% ../nbs/06_generation.ipynb #luck0001
+
 def random_numbers(seed, n_rows: int, length: int) -> Tensor:  # (n_rows, length)
     """A number in [0, 1) for each row and step, from the row's own generator."""
     sources = [torch.Generator().manual_seed(s % 2**63)
@@ -93,7 +93,7 @@ def limit_of(model: GPTModel | Decoder) -> int | None:
     """The most tokens of a row; None: any number."""
     return model.cache.max_length if isinstance(model, Decoder) else model.max_positions
 
-# %% ../nbs/06_generation.ipynb #read0001
+
 def read_prompts(decoder: Decoder, prompts: list[list[int]]) -> Tensor:  # (B, V)
     """The logits after each prompt; of equal prompts, one is read."""
     place = {}
@@ -116,7 +116,7 @@ class Tokens(NamedTuple):
 def write(decoder, texts, length, choose, over, limit) -> Iterator[Tokens]:
     """The loop of `generate_steps`; the texts grow in place."""
     rows = going = list(range(len(texts)))  # in the cache; not ended
-    start, held = [0] * len(texts), 0
+    start, held = dict.fromkeys(rows, 0), 0
     for step in range(length):
         if held:
             newest = [texts[b][-1] for b in rows]
@@ -132,9 +132,8 @@ def write(decoder, texts, length, choose, over, limit) -> Iterator[Tokens]:
         if not going:
             return
         if held == limit:  # slide: read again, full rows from their newer half
-            for b in going:
-                if len(texts[b]) - start[b] > limit:
-                    start[b] = len(texts[b]) - max(1, limit // 2)
+            full = [b for b in going if len(texts[b]) - start[b] > limit]
+            start |= {b: len(texts[b]) - max(1, limit // 2) for b in full}
             rows, held = going, 0
         elif 2 * len(going) <= len(rows):
             decoder.reorder([rows.index(b) for b in going])
@@ -385,10 +384,10 @@ def stream_text(
         raise ValueError(f"{len(rows)} texts cannot be one stream: give one prompt")
     stream = TextStream(tokenizer, rows[0], stop, options["end_of_text"])
     steps = generate_steps(model, rows, length, temperature, top_k, top_p, **options)
-    return pieces_of(steps, stream)
+    return _pieces(steps, stream)
 
-# %% ../nbs/06_generation.ipynb #pieces01
-def pieces_of(steps: Iterator[Tokens], stream: TextStream) -> Iterator[str]:
+
+def _pieces(steps: Iterator[Tokens], stream: TextStream) -> Iterator[str]:
     """The pieces of a stream, as the steps come."""
     for tokens in steps:
         if piece := stream.push(tokens.ids[0]):
