@@ -29,7 +29,8 @@ def token_labels(
         text = raw.decode("utf-8", "backslashreplace")
         for found, shown in ((" ", "·"), ("\n", "↵"), ("\t", "⇥"), ("\r", "␍")):
             text = text.replace(found, shown)
-        text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text) or "∅"
+        text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+        text = text or "∅"
         labels.append(text if len(text) <= longest else text[: longest - 1] + "…")
     return labels
 
@@ -44,8 +45,8 @@ def check_table(weights: Tensor, labels: Sequence[str], axes: int) -> Tensor:
     """Weights as a tensor. Raises `ValueError` unless they fit the labels."""
     weights = torch.as_tensor(weights).detach().float().cpu()
     if weights.dim() != axes or weights.shape[-2:] != (len(labels), len(labels)):
-        raise ValueError(f"weights {tuple(weights.shape)} do not fit {len(labels)} tokens: "
-                         f"expected {axes} axes, the last two of them the tokens")
+        raise ValueError(f"weights {tuple(weights.shape)} do not fit {len(labels)} "
+                         f"tokens: expected {axes} axes, two of them the tokens")
     return weights
 
 
@@ -60,7 +61,8 @@ def head_picture(
     table, T = check_table(weights, labels, 2), len(labels)
     names = thinned(labels)
     drawing = heatmap(table, rows=names, columns=names, vmax=1, title=title,
-                      xlabel="is looked at", ylabel="looks", height=min(6.4, 1.4 + 0.3 * T))
+                      xlabel="is looked at", ylabel="looks",
+                      height=min(6.4, 1.4 + 0.3 * T))
     for label in drawing.ax.get_xticklabels():
         label.set(rotation=90 if T > 8 else 0)
     return drawing
@@ -116,7 +118,8 @@ def lines_picture(
     for q in (t % T for t in chosen):
         for k in range(T):
             if (w := table[q, k].item()) >= least:
-                ax.plot([0, 1], [q, k], color=PALETTE["blue"], alpha=min(1, w), linewidth=2)
+                ax.plot([0, 1], [q, k], color=PALETTE["blue"], alpha=min(1, w),
+                        linewidth=2)
     for t, label in enumerate(labels):
         strong = "bold" if t in [c % T for c in chosen] and tokens else "normal"
         ax.text(-0.02, t, label, ha="right", va="center", weight=strong)
