@@ -18,7 +18,8 @@ from .runs import Run
 #| code-fold: true
 def check_amount(amount: float) -> float:
     """Raise `ValueError` unless this is a share in [0, 1)."""
-    if type(amount) not in (int, float) or not 0 <= amount < 1:
+    number = isinstance(amount, (int, float)) and not isinstance(amount, bool)
+    if not number or not 0 <= amount < 1:
         raise ValueError(f"amount={amount!r} is outside [0, 1): it is the share to "
                          "remove, and something must stay")
     return amount
@@ -44,7 +45,7 @@ def all_but_smallest(
 def two_of_four(
     weight: Tensor,  # (N, K), K divisible by 4
 ) -> Tensor:         # bool, True for the two largest of every four along K
-    """The 2:4 pattern, for which some GPUs have kernels (Mishra et al. 2021, §2)."""
+    """The 2:4 pattern, for which some GPUs have kernels (Mishra et al. 2021)."""
     if weight.shape[-1] % 4:
         raise ValueError(f"2:4 needs rows of whole fours: {tuple(weight.shape)} has "
                          f"K={weight.shape[-1]}")
@@ -86,7 +87,7 @@ def prunable(
     keep: tuple = (),  # last name parts of linears that are left alone
 ) -> dict[str, nn.Linear]:
     """The linears of the blocks by name. Raises `ValueError` if there is none."""
-    if any(name == "quantize" for name, _ in model.transforms):
+    if any(name.startswith("quantize") for name, _ in model.transforms):
         raise ValueError("the model is quantized: prune first, then quantize")
     found = {name: part for name, part in model.blocks.named_modules(prefix="blocks")
              if isinstance(part, nn.Linear)
@@ -186,7 +187,11 @@ def cubic_sparsity(
     end: int,      # the step at which the amount is reached
     amount: float,  # the share that is gone in the end
 ) -> float:
-    """Fast at first, slow at the end (Zhu and Gupta 2017, eq. 1)."""
+    """Fast at first, slow at the end (Zhu and Gupta 2017, eq. 1).
+
+    Raises `ValueError` if the end does not come after the beginning."""
+    if not begin < end:
+        raise ValueError(f"begin={begin!r} and end={end!r}: the end must come later")
     done = min(max((step - begin) / (end - begin), 0.0), 1.0)
     return amount * (1 - (1 - done) ** 3)
 
@@ -196,9 +201,10 @@ class GradualPruning:
 
     def __init__(self, amount: float, begin: int, end: int, every: int = 20):
         check_amount(amount)
-        if not 0 <= begin < end or every < 1:
-            raise ValueError(f"begin={begin}, end={end} and every={every}: the end "
-                             "must come after the beginning")
+        whole = all(type(n) is int for n in (begin, end, every))
+        if not whole or not 0 <= begin < end or every < 1:
+            raise ValueError(f"begin={begin}, end={end} and every={every}: whole steps, "
+                             "and the end must come after the beginning")
         self.amount, self.begin, self.end, self.every = amount, begin, end, every
 
     def __call__(self, run: Run) -> None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plain_linear', 'narrowed', 'narrow_all', 'attentions', 'head_counts', 'kept_groups', 'kept_units', 'head_plan',
            'HeadBias', 'keep_heads', 'feed_forwards', 'keep_neurons', 'inputs_of', 'unit_effects', 'gradient_scores',
-           'head_scores', 'neuron_scores', 'lowest', 'lowest_heads', 'prune_heads', 'prune_neurons']
+           'head_scores', 'neuron_scores', 'lowest', 'lowest_heads', 'checked_scores', 'prune_heads', 'prune_neurons']
 
 # %% ../nbs/02ba_structured_pruning.ipynb #prns0004
 from collections import Counter
@@ -98,6 +98,8 @@ def kept_units(
     count: int,         # how many there are
 ) -> list[int]:         # indices that stay, in order
     """What is left. Raises `ValueError` for one that is not there, or if none stays."""
+    if not isinstance(removed, Iterable):
+        raise ValueError(f"{where}: {removed!r} is no list of {kind}s")
     removed = set(removed)
     for unit in removed:
         if type(unit) is not int or not 0 <= unit < count:
@@ -287,6 +289,8 @@ def lowest(
 ) -> dict:           # {key: indices, in order}; never all of a key
     """The units with the lowest scores. Raises `ValueError` if none would go."""
     check_amount(amount), check_scope(scope)
+    if lost := [key for key, s in scores.items() if s.isnan().any()]:
+        raise ValueError(f"a score of {lost[0]!r} is NaN: nothing follows from it")
     counts = {key: len(s) for key, s in scores.items()}
     room = {key: n - 1 if scope == "global" else min(round(amount * n), n - 1)
             for key, n in counts.items()}
@@ -306,13 +310,24 @@ def lowest(
 # %% ../nbs/02ba_structured_pruning.ipynb #prns0048
 def lowest_heads(scores: dict, amount: float, scope: str, n_groups: dict) -> dict:
     """The same of heads: in whole groups where a layer has several, for the cache."""
-    grouped = {layer: 1 < K < len(scores[layer]) for layer, K in n_groups.items()}
+    grouped = {layer: 1 < n_groups[layer] < len(s) for layer, s in scores.items()}
     units = {i: s.unflatten(0, (n_groups[i], -1)).sum(1) if grouped[i] else s
              for i, s in scores.items()}
     sizes = {layer: len(s) // len(units[layer]) for layer, s in scores.items()}
     return {layer: [group * sizes[layer] + i for group in groups
                     for i in range(sizes[layer])]
             for layer, groups in lowest(units, amount, scope).items()}
+
+
+def checked_scores(scores: dict, counts: dict) -> dict:
+    """The scores. Raises `ValueError` unless there is one for each unit that is there."""
+    for key, s in scores.items():
+        if key not in counts:
+            raise ValueError(f"scores for {key!r}: the model has {[*counts]}")
+        if s.shape != (counts[key],):
+            raise ValueError(f"{tuple(s.shape)} scores for {key!r}: expected "
+                             f"{counts[key]}, one for each unit")
+    return scores
 
 # %% ../nbs/02ba_structured_pruning.ipynb #prns0052
 def prune_heads(
@@ -327,8 +342,10 @@ def prune_heads(
     layer, for groups that would become unequal, and if the share is less than one."""
     attns = attentions(model)
     if not isinstance(remove, dict):
-        n_groups = {layer: head_counts(attn)[1] for layer, attn in attns.items()}
-        remove = lowest_heads(scores or head_scores(model), remove, scope, n_groups)
+        n_heads, n_groups = ({layer: head_counts(attn)[i] for layer, attn in attns.items()}
+                             for i in (0, 1))
+        scores = checked_scores(scores or head_scores(model), n_heads)
+        remove = lowest_heads(scores, remove, scope, n_groups)
     kept = {}
     for layer, heads in remove.items():
         if layer not in attns:
@@ -352,7 +369,9 @@ def prune_neurons(
     and if the share is less than one."""
     parts = feed_forwards(model)
     if not isinstance(remove, dict):
-        remove = lowest(scores or neuron_scores(model), remove, scope)
+        widths = {name: model.get_submodule(name).fc_out.in_features for name in parts}
+        scores = checked_scores(scores or neuron_scores(model), widths)
+        remove = lowest(scores, remove, scope)
     remove = {f"blocks.{key}.mlp" if type(key) is int else key: units
               for key, units in remove.items()}
     kept = {}

@@ -4,6 +4,7 @@ import copy
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.utils.prune as theirs
@@ -15,6 +16,7 @@ from gptbook.pruning import (
     GradualPruning, Mask, all_but_smallest, cubic_sparsity, finalize, mask_of, prune, sparsity,
     two_of_four,
 )
+from gptbook.qat import convert, prepare_qat
 from gptbook.runs import TrainConfig
 from gptbook.structured_pruning import prune_heads, prune_neurons
 from gptbook.training import train
@@ -332,6 +334,24 @@ def test_quantized_models_are_refused():
     unchanged(model, before, [["quantize", {}]])
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4", "int8_static"])
+def test_whatever_the_scheme(scheme):
+    model = a_gpt()
+    prepare_qat(model, scheme)
+    model.train()(some_ids())  # an observer must have seen something
+    convert(model)
+    for change in (lambda: prune(model, 0.5), lambda: sparsity(model)):
+        with pytest.raises(ValueError, match="quantized: prune first"):
+            change()
+
+
+def test_a_share_may_come_from_numpy():
+    model, twin = a_gpt(), a_gpt()
+    prune(model, np.float64(0.5))
+    prune(twin, 0.5)
+    assert everything(model).keys() == everything(twin).keys() and sparsity(model) == 0.5
+
+
 def test_nothing_to_prune_is_said():
     model = a_gpt()
     names = ("W_query", "W_key", "W_value", "out_proj", "fc_in", "fc_out")
@@ -347,10 +367,14 @@ def test_amount_zero_hides_nothing():
     assert sparsity(model) == 0 and torch.equal(model(ids), logits)
 
 
-@pytest.mark.parametrize("begin, end, every", [(5, 5, 1), (-1, 5, 1), (0, 5, 0)])
+@pytest.mark.parametrize("begin, end, every", [
+    (5, 5, 1), (-1, 5, 1), (0, 5, 0), (0, 5.5, 1), (0, 5, 0.5), (0, None, 1)])
 def test_a_gradual_pruning_needs_time(begin, end, every):
     with pytest.raises(ValueError, match="begin="):
         GradualPruning(0.5, begin, end, every)
+    for late in (5, 6):
+        with pytest.raises(ValueError, match=f"begin={late} and end=5"):
+            cubic_sparsity(3, late, 5, 0.5)
     with pytest.raises(ValueError, match="outside"):
         GradualPruning(1.0, 0, 5)
 

@@ -273,6 +273,17 @@ REFUSALS = {
     "all neurons": (partial(prune_neurons, remove={1: range(128)}), "lose all of its 128"),
     "no such feed-forward": (partial(prune_neurons, remove={9: [0]}), "blocks.9.mlp"),
     "less than a neuron": (partial(prune_neurons, remove=0.001), "less than one"),
+    "a head, not a list": (partial(prune_heads, remove={0: 2}), "layer 0: 2 is no list of heads"),
+    "scores of no layer": (partial(prune_heads, remove=0.5, scores={7: torch.ones(8)}),
+                           r"scores for 7: the model has \[0, 1, 2\]"),
+    "too few scores": (partial(prune_heads, remove=0.5, scores={1: torch.ones(7)}),
+                       r"\(7,\) scores for 1: expected 8"),
+    "NaN in scores": (partial(prune_heads, remove=0.5, scores={1: torch.full((8,), torch.nan)}),
+                      "a score of 1 is NaN"),
+    "scores of no neurons": (partial(prune_neurons, remove=0.5, scores={"x": torch.ones(8)}),
+                             "scores for 'x'"),
+    "too many scores": (partial(prune_neurons, remove=0.5,
+                                scores={"blocks.1.mlp": torch.ones(129)}), "expected 128"),
 }
 
 
@@ -284,6 +295,13 @@ def test_refusals_leave_the_model_as_it_was(name):
     with pytest.raises(ValueError, match=message):
         change(model)
     unchanged(model, before, [])
+
+
+def test_layers_without_scores_are_left_alone():
+    model = a_gpt()
+    assert prune_heads(model, 0.25, {1: torch.arange(8.0)}) == {1: [0, 1]}
+    assert prune_neurons(model, 0.5, {"blocks.2.mlp": -torch.arange(128.0)}, "global") == {
+        "blocks.2.mlp": [*range(64, 128)]}
 
 
 def test_unequal_groups_are_refused():
