@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NO_MEMORY', 'TABLE', 'SEED', 'SCHEMES', 'explain', 'Command', 'Failure', 'Group', 'commands', 'main', 'Said', 'call',
-           'Number', 'Whole', 'Name', 'demo_path', 'is_foreign', 'load_foreign', 'load_checkpoint']
+           'Number', 'Whole', 'Name', 'with_options', 'LongCommand', 'demo_path', 'is_foreign', 'load_foreign',
+           'load_checkpoint']
 
 # %% ../nbs/11_command_line.ipynb #3af09f7c
 import io
@@ -16,6 +17,7 @@ import sys
 import textwrap
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import reduce
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -152,11 +154,11 @@ class Said:
     code: int
 
     def __repr__(self):
-        line = self.line
+        line, end = self.line, [f"[exit {self.code}]"] * (self.code > 0)
         line = line if len(line) < 200 else f"{line[:60]} … {line[-20:]}"
         rows = [textwrap.fill(row, 88, subsequent_indent="  ")
                 for row in self.both.rstrip("\n").split("\n")]
-        return "\n".join([f"$ {line}", *rows] + [f"[exit {self.code}]"] * (self.code > 0))
+        return "\n".join([f"$ {line}", *rows, *end])
 
 
 def call(
@@ -202,6 +204,30 @@ class Name(click.ParamType):
 
     def convert(self, value, param, ctx):
         return value if value.strip() else self.fail("it is empty.", param, ctx)
+
+# %% ../nbs/11_command_line.ipynb #manyopt1
+def with_options(options: list):
+    """A decorator that puts options on a command, in their order."""
+    return lambda function: reduce(lambda f, option: option(f), options[::-1], function)
+
+
+class LongCommand(Command):
+    """A command whose help has headings: {name of an option: what stands above it}."""
+
+    def __init__(self, *args, headings: dict, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.headings = headings
+
+    def format_options(self, ctx, formatter):
+        title, sections = "Options", {}
+        for option in self.get_params(ctx):
+            title = "Help" if option.name == "help" else self.headings.get(
+                option.name, title)
+            if row := option.get_help_record(ctx):
+                sections.setdefault(title, []).append(row)
+        for title, rows in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(rows)
 
 # %% ../nbs/11_command_line.ipynb #0342effb
 SEED = Whole(0)

@@ -22,9 +22,8 @@ from pathlib import Path
 
 import click
 
-from .cli import SEED, Command, Name, Number, Whole
-from .cli_corpus import CORPORA, DATA_OPTIONS, open_corpus, with_options
-from .cli_generate import start_ids
+from .cli import SEED, Command, Name, Number, Whole, with_options
+from .cli_corpus import CORPORA, DATA_OPTIONS, open_corpus
 
 # %% ../nbs/11c_train_command.ipynb #922f7e44
 def check_folder(out: Path, resume: bool) -> None:
@@ -298,9 +297,9 @@ def run_job(job: Job, resume: bool) -> int:  # 0 if it came to its end, 130 if s
 
 def write_sample(job: Job, model) -> str:
     """A short text by a model in training."""
-    from gptbook.generation import generate_text
+    from gptbook.generation import generate_text, prompt_ids
 
-    end, start = job.tokenizer.end_of_text, start_ids(job.tokenizer, "", job.documents)
+    end, start = job.tokenizer.end_of_text, prompt_ids(job.tokenizer, "", job.documents)
     ids = generate_text(model, start, 60, 0.7, end_of_text=end, seed=0, slide=True)[0]
     return job.tokenizer.decode(i for i in ids if i != end).strip()
 

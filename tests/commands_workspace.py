@@ -47,6 +47,8 @@ def workspace(tmp_path_factory):
         "flipped.safetensors": good[:-9] + b"\x77" + good[-8:], "there.pt": b"precious",
         "hostile.pt": b"\x80\x04cposix\nsystem\n(X\x04\x00\x00\x00exit\x85R.",
         "other_shape.safetensors": good.replace(b'\\"emb_dim\\": 16', b'\\"emb_dim\\": 32'),
+        "blank.txt": b" \n\n \n", "schema.json": b'{"type": "boolean"}', "list.json": b"[1]",
+        "unknown.json": b'{"type": "date"}', "deep.json": b"[" * 100_000,
     }
     for name, data in made.items():
         (folder / name).write_bytes(data)

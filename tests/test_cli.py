@@ -43,6 +43,35 @@ BAD = {
         *(f"--seed {x}" for x in BAD_SEEDS), *(f"--device {x}" for x in BAD_DEVICES),
         "--prompt '" + "the mat " * 99 + "'", "--prompt '\ud800'", "--colour red", "more words",
         "--length", "--prompt Once upon a time", "--temp", "-x", "--top_k 5",
+        *(f"--min-p {x}" for x in ["-0.1", "1.1", "nan", "inf", "''"]),
+        *(f"--typical-p {x}" for x in ["0", "-1", "1.01", "nan", "''"]),
+        *(f"--repetition-penalty {x}" for x in ["0", "-1", "nan", "inf", "x"]),
+        *(f"--presence-penalty {x}" for x in ["nan", "inf", "x", "1e9"]),
+        *(f"--frequency-penalty {x}" for x in ["nan", "-inf", "''", "1e9"]),
+        *(f"--no-repeat-ngram {x}" for x in ["0", "-1", "1.5", "x"]),
+        *(f"--min-length {x}" for x in ["-1", "201", "x", "9 --length 8"]),
+        *(f"--num-samples {x}" for x in ["0", "-1", "257", "x"]), "--stop ''",
+        *(f"--beams {x}" for x in ["0", "-1", "65", "x", "1.5", "2 --num-samples 3"]),
+        *(f"--beams 2 {x}" for x in [
+            "--temperature 1", "--top-k 5", "--top-p 0.5", "--min-p 0.1", "--typical-p 0.5",
+            "--repetition-penalty 2", "--presence-penalty 1", "--frequency-penalty 1",
+            "--seed 1", "--stop x", "--lookup", "--length-penalty nan",
+            "--length-penalty 11", "--prompt '" + "the mat " * 99 + "'"]),
+        *(f"--lookup {x}" for x in ["--min-length 2", "--regex a", "--beams 2",
+                                    "--json-schema schema.json"]),
+        "--length-penalty 1", "--each-line", "--prompt x --prompt-file good.txt",
+        *(f"--prompt-file {x}" for x in [
+            "missing.txt", "empty.txt", "binary.bin", "folder", "latin.txt", "/dev/null",
+            "/dev/zero", "'\0'", "x" * 300, "good.txt/x", "blank.txt", "good.txt", *NAMES]),
+        "--prompt-file blank.txt --each-line",
+        *(f"--regex '{x}'" for x in ["(", "[a", "a{2,1}", "(?=a)b", "a++", "", " ", r"\1",
+                                     "a{900}", "[^\\s\\S]"]),
+        "--regex a --json-schema schema.json", "--regex a --min-length 2", "--regex a --stop b",
+        *(f"--json-schema {x}" for x in [
+            "missing.json", "empty.txt", "good.txt", "binary.bin", "folder", "list.json",
+            "unknown.json", "deep.json", "/dev/zero", *NAMES]),
+        "--json-schema schema.json --stop x", "--json-schema schema.json --min-length 1",
+        "--json x", "--prompt-file - --prompt a",
     ],
     "train": [
         *(f"--data {x}" for x in BAD_DATA),
@@ -204,7 +233,10 @@ FLAGS = {
              "learning-rate tokenizer vocab-size seed device precision schedule accumulate "
              "less-memory compile threads sample-every "
              "quiet",
-    "generate": "checkpoint prompt length temperature top-k top-p number quantize seed device",
+    "generate": "checkpoint device quantize prompt prompt-file each-line length min-length stop "
+                "temperature top-k top-p min-p typical-p repetition-penalty presence-penalty "
+                "frequency-penalty no-repeat-ngram seed beams length-penalty lookup regex "
+                "json-schema num-samples number json",
     "export": "checkpoint to out quantize force",
     "corpus": "data encoding number vocab-size check",
 }
