@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from gptbook.sampling import (
-    array, candidates, check_logits, check_sampling, draw, heat_of, is_number, is_whole,
-    join, nucleus,
+    array, candidates, check_logits, check_sampling, distances, draw, heat_of,
+    is_number, is_whole, join, nucleus,
 )
 
 # %% ../nbs/06_combined_sampler.ipynb #combrept
@@ -110,10 +110,10 @@ def typical(distance: np.ndarray, mass: float) -> np.ndarray:  # places, ascendi
     return nucleus(-off, off, probs, mass)
 
 
-def narrowed(values, ids, s) -> tuple[np.ndarray, np.ndarray]:  # ids, weights
-    """Candidates (M,) of one row after min-p and typical sampling."""
-    with np.errstate(over="ignore"):  # float64 logits may lie 1e308 apart
-        distance = (values.max() - values.astype(np.float64)) / heat_of(s.temperature)
+def narrowed(ids, logits, s) -> tuple[np.ndarray, np.ndarray]:  # ids, weights
+    """Candidates (M,) of one row (V,) after min-p and typical sampling."""
+    values = logits[ids]
+    distance = distances(values[None], heat_of(s.temperature))[0]
     if s.min_p:
         kept = near_the_peak(distance, s.min_p)
         ids, distance = ids[kept], distance[kept]
@@ -166,9 +166,9 @@ class Sampler:
         ids, probs = candidates(logits, self.temperature, self.top_k, self.top_p)
         if self.temperature == 0 or not (self.min_p or self.typical_p not in (None, 1)):
             return ids, probs
-        rows = ((row[row >= 0], x) for row, x in zip(ids, logits))
-        return join([narrowed(array(x[row]), array(row), self) for row, x in rows],
-                    logits.device)
+        pairs = zip(array(ids), array(logits))
+        found = [narrowed(row[row >= 0], x, self) for row, x in pairs]
+        return join(found, logits.device)
 
     def __call__(self, logits, uniform, texts=None, step=0) -> Tensor:  # (B,)
         """Draw one token a row, decided by `uniform` (B,) in [0, 1), float64."""

@@ -83,18 +83,22 @@ def array(x: Tensor) -> np.ndarray:
     return x.cpu().numpy()
 
 
-def finals(logits: Tensor, k: int):  # an iterator of (values, ids), both (k,)
-    """The k largest of each row (B, V), as `topk` has them."""
+def tournament(row: Tensor, width: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Values and ids of the k largest of a row (V,), as `topk` has them."""
+    table = row.reshape(-1, width)
+    columns = table.amax(0).topk(k).indices
+    values, at = table.index_select(1, columns).view(-1).topk(k)
+    at = at.numpy()
+    return values.numpy(), at // k * width + columns.numpy()[at % k]
+
+
+def finals(logits: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Values and ids of the k largest of each row (B, V): both (B, k)."""
     width = table_width(logits.shape[1])
     if logits.device.type != "cpu" or width == logits.shape[1] or 2 * k > width:
-        yield from zip(*map(array, logits.topk(k)))
-        return
-    for row in logits:
-        table = row.reshape(-1, width)
-        columns = table.amax(0).topk(k).indices
-        values, at = table.index_select(1, columns).view(-1).topk(k)
-        at = at.numpy()
-        yield values.numpy(), at // k * width + columns.numpy()[at % k]
+        return tuple(map(array, logits.topk(k)))
+    rows = zip(*(tournament(row, width, k) for row in logits))
+    return tuple(np.stack(x) for x in rows)
 
 
 def first_of(row: np.ndarray, cut: float, k: int) -> np.ndarray:
@@ -103,25 +107,28 @@ def first_of(row: np.ndarray, cut: float, k: int) -> np.ndarray:
     return np.concatenate((above, np.flatnonzero(row == cut)[: k - len(above)]))
 
 
-def strongest(logits: Tensor, k: int):  # an iterator of (values, ids), both (k,)
-    """The k largest of each row (B, V), in the order of their ids."""
-    for row, (values, ids) in zip(logits, finals(logits, min(k + 1, logits.shape[1]))):
-        last, *out = values[k - 1 :].tolist()
-        if out and last == out[0] > -math.inf and values[0] < math.inf:  # a tie
-            ids = first_of(array(row), last, k)
-            values = array(row)[ids]
-        order = ids[:k].argsort()
-        yield values[order], ids[order]
+def strongest(logits: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k largest of each row (B, V), in the order of their ids: both (B, k)."""
+    values, ids = finals(logits, min(k + 1, logits.shape[1]))
+    for b, (last, *out) in enumerate(values[:, k - 1 :].tolist()):
+        if out and last == out[0] > -math.inf and values[b, 0] < math.inf:  # a tie
+            row = array(logits[b])
+            ids[b, :k] = first_of(row, last, k)
+            values[b, :k] = row[ids[b, :k]]
+    order = ids[:, :k].argsort(1)
+    rows = np.arange(len(ids))[:, None]
+    return values[rows, order], ids[rows, order]
 
 # %% ../nbs/06_choosing_a_token.ipynb #samp0032
 def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Values and ids of the k largest of each row (B, V), in order: both (B, k).
 
     `topk` does not say which of two equal values it takes: here it is the lower id."""
-    rows = list(strongest(logit_rows(logits), min(k, logits.shape[-1])))
-    order = [np.argsort(-values, kind="stable") for values, _ in rows]
-    parts = zip(*((v[at], ids[at]) for (v, ids), at in zip(rows, order)))
-    return tuple(torch.from_numpy(np.stack(x)).to(logits.device) for x in parts)
+    values, ids = strongest(logit_rows(logits), min(k, logits.shape[-1]))
+    order = np.argsort(-values, axis=1, kind="stable")
+    rows = np.arange(len(ids))[:, None]
+    return tuple(torch.from_numpy(x[rows, order]).to(logits.device)
+                 for x in (values, ids))
 
 # %% ../nbs/06_choosing_a_token.ipynb #20bb8d67
 def until(values, weights, goal) -> np.ndarray:  # places, ascending
@@ -134,13 +141,13 @@ def until(values, weights, goal) -> np.ndarray:  # places, ascending
     return np.sort(order[(ahead < goal) & (values[order] > -math.inf)])
 
 # %% ../nbs/06_choosing_a_token.ipynb #0e68cd3c
-def nucleus(key, distance, weights, mass, n_bins=4096) -> np.ndarray:  # ids, ascending
+def nucleus(key, distance, weights, mass) -> np.ndarray:  # ids, ascending
     """The first by `key`, as long as those ahead have less than a share `mass`.
 
     `distance` >= 0 grows as `key` falls; inf where the weight is 0. All are (V,)."""
+    n_bins = min(4096, len(key) + 1)
     reach = min(max(distance.max(), 1e-300), 32)
-    bins = np.minimum(distance / reach, 1) * (n_bins - 1)
-    bins = bins.astype(np.int64)
+    bins = (np.minimum(distance / reach, 1) * (n_bins - 1)).astype(np.int64)
     total = np.bincount(bins, weights, n_bins).cumsum()
     goal = mass * total[-1]
     crossing = int(total.searchsorted(goal))
@@ -150,42 +157,53 @@ def nucleus(key, distance, weights, mass, n_bins=4096) -> np.ndarray:  # ids, as
     return np.flatnonzero(kept)
 
 # %% ../nbs/06_choosing_a_token.ipynb #samp0034
+def distances(values: np.ndarray, heat: float, number=0) -> np.ndarray:  # (B, M)
+    """How far each lies below the largest of its row, in units of the temperature.
+
+    `number` is that of the first row, for the error."""
+    peak = values.max(1, keepdims=True)
+    for row, x in enumerate(peak[:, 0].tolist()):
+        check_peak(number + row, x)
+    with np.errstate(over="ignore"):  # float64 logits may lie 1e308 apart
+        return np.subtract(peak, values, dtype=np.float64) / heat
+
+
 def by_mass(row: Tensor, number: int, heat: float, mass: float, few=256):
     """Ids and weights of those who reach the mass in one row (V,)."""
-    peak = row.max().item()
-    check_peak(number, peak)
-    distance = (peak - row.double()).div_(heat)
-    weights = array((-distance).exp_())
-    if len(row) > 4 * few:
-        values, ids = next(strongest(row[None], few))
+    logits = array(row)
+    distance = distances(logits[None], heat, number)[0]
+    weights = np.exp(-distance)
+    if len(row) > 16 * few:
+        (values,), (ids,) = strongest(row[None], few)
         chosen, goal = weights[ids], mass * weights.sum()
         if chosen.sum() >= goal:
             kept = until(values, chosen, goal)
             return ids[kept], chosen[kept]
-    ids = nucleus(array(row), array(distance), weights, mass)
+    ids = nucleus(logits, distance, weights, mass)
     return ids, weights[ids]
-
-
-def among(values, ids, number: int, heat: float, mass: float):
-    """Ids and weights of those among a few (k,) who reach the mass."""
-    peak = float(values.max())
-    check_peak(number, peak)
-    with np.errstate(over="ignore"):  # float64 logits may lie 1e308 apart
-        weights = np.exp((values.astype(np.float64) - peak) / heat)
-    if mass == 1 and weights.min() > 0:
-        return ids, weights
-    kept = until(values, weights, mass * weights.sum() if mass < 1 else math.inf)
-    return ids[kept], weights[kept]
 
 # %% ../nbs/06_choosing_a_token.ipynb #samp0036
 def join(rows: list, device) -> tuple[Tensor, Tensor]:  # (B, M) ids; probabilities
     """Ids and weights of rows side by side; the shorter are filled up with -1 and 0."""
     longest = max(len(ids) for ids, _ in rows)
-    found = np.full((len(rows), longest), -1, np.int64)
-    shares = np.zeros(found.shape)
+    found, shares = np.full((len(rows), longest), -1), np.zeros((len(rows), longest))
     for b, (ids, weights) in enumerate(rows):
         found[b, : len(ids)], shares[b, : len(ids)] = ids, weights / weights.sum()
     return torch.from_numpy(found).to(device), torch.from_numpy(shares).to(device)
+
+
+def among_k(rows: Tensor, k: int, heat: float, mass: float) -> tuple[Tensor, Tensor]:
+    """Candidates among the k largest of each row."""
+    values, ids = strongest(rows, k)
+    weights = np.exp(-distances(values, heat))
+    total = weights.sum(1, keepdims=True)
+    if mass < 1:
+        kept = map(until, values, weights, mass * total)
+        found = [(i[at], w[at]) for i, w, at in zip(ids, weights, kept)]
+        return join(found, rows.device)
+    ids[values == -math.inf] = -1
+    probs = torch.from_numpy(weights / total)
+    return torch.from_numpy(ids).to(rows.device), probs.to(rows.device)
 
 
 def uncut(rows: Tensor, heat: float) -> tuple[Tensor, Tensor]:
@@ -215,8 +233,7 @@ def candidates(
     rows, heat = logit_rows(logits), heat_of(temperature)
     mass = 1.0 if top_p is None else float(top_p)
     if heat and top_k is not None and top_k < rows.shape[1]:
-        few = enumerate(strongest(rows, int(top_k)))
-        return join([among(*found, b, heat, mass) for b, found in few], rows.device)
+        return among_k(rows, int(top_k), heat, mass)
     if heat and mass < 1:
         found = [by_mass(row, b, heat, mass) for b, row in enumerate(rows)]
         return join(found, rows.device)
@@ -274,7 +291,7 @@ VIEW = r"""(() => {
 const R = document.getElementById("__ID__"), D = __DATA__, $ = s => R.querySelector(s);
 const bytes = Uint8Array.from(atob(D.logits), c => c.charCodeAt(0));
 const z = Array.from(new Int16Array(bytes.buffer), x => x / D.scale), V = z.length;
-const knobs = ["t", "k", "p"].map(n => $("#__ID__" + n));
+const knobs = ["t", "k", "p", "m"].map(n => $("#__ID__" + n));
 const softmax = T => {
   const w = z.map((x, i) => T > 0 ? Math.exp((x - z[0]) / T) : i ? 0 : 1);
   const sum = w.reduce((a, b) => a + b);
@@ -289,11 +306,12 @@ const plain = softmax(1), bars = D.tokens.map((token, i) => {
   return row;
 });
 const show = () => {
-  const T = +knobs[0].value, P = +knobs[2].value;
+  const [T, , P, M] = knobs.map(knob => +knob.value);
   const K = Math.max(1, Math.round(V ** (knobs[1].value / 100)));
   let q = softmax(T).map((x, i) => i < K ? x : 0), ahead = 0;
   const mass = q.reduce((a, b) => a + b);
   q = q.map(x => (ahead += x / mass, P === 1 || ahead - x / mass < P ? x : 0));
+  q = q.map(x => x < M * q[0] ? 0 : x);
   const left = q.reduce((a, b) => a + b), n = q.filter(x => x).length;
   q = q.map(x => x / left);
   const bits = -q.reduce((a, x) => x > 0 ? a + x * Math.log2(x) : a, 0);
@@ -302,7 +320,7 @@ const show = () => {
     row.children[1].children[1].style.width = 100 * Math.min(1, q[i] / plain[0]) + "%";
     row.children[2].textContent = (100 * q[i]).toFixed(1) + " %";
   });
-  [T.toFixed(2), K === V ? "all" : K, P.toFixed(2)].forEach(
+  [T.toFixed(2), K === V ? "all" : K, P.toFixed(2), M.toFixed(2)].forEach(
     (value, i) => knobs[i].nextElementSibling.textContent = value);
   $(".s").textContent = `${n} of ${V} tokens can be drawn: ` +
     `a choice of ${bits.toFixed(1)} bits`;
@@ -333,7 +351,7 @@ def sampling_view(
     title: str = "",  # the finding, as a sentence
     n_bars: int = 16,  # how many tokens get a bar
 ):  # -> gptbook.figures.Display
-    """A distribution with sliders for temperature, k and p, as self-contained HTML."""
+    """A distribution with sliders for temperature, k, p and min-p, as self-contained HTML."""
     from gptbook.figures import Display
 
     values, ids = largest(check_logits(logits), min(logits.numel(), 8192))
@@ -349,7 +367,7 @@ def sampling_view(
         f'step="{step}" value="{value}"><output></output></label>'
         for key, label, low, high, step, value in (
             ("t", "temperature", 0, 3, 0.05, 1), ("k", "top-k", 0, 100, 1, 100),
-            ("p", "top-p", 0.05, 1, 0.01, 1)))
+            ("p", "top-p", 0.05, 1, 0.01, 1), ("m", "min-p", 0, 1, 0.01, 0)))
     script = VIEW.replace("__ID__", name).replace("__DATA__", content)
     return Display(
         f'<div class="gbs" id="{name}"><style>{VIEW_STYLE}</style><b class="t">'

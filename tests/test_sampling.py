@@ -186,7 +186,7 @@ def test_frequencies_of_100_000_draws(settings_):
     draws = sample(logits.expand(n, -1), **settings_, generator=torch.Generator().manual_seed(2))
     seen, kept = torch.bincount(draws, minlength=40).double(), oracle_kept(logits, **settings_)
     expected = torch.zeros(40).double()
-    expected[list(kept)] = n * torch.tensor(list(kept.values()))
+    expected[list(kept)] = n * torch.tensor(list(kept.values()), dtype=torch.double)
     assert seen[expected == 0].sum() == 0
     common = expected > 5
     chi2 = ((seen - expected)[common] ** 2 / expected[common]).sum()
