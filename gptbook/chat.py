@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'CHATML', 'SMOLLM2', 'PLAIN', 'ChatError', 'Template', 'template_for', 'Message', 'Messages', 'Conversation',
-           'Transcript', 'PrefixReader', 'common_prefix', 'Room', 'Drawn', 'Answers', 'Chat']
+           'PrefixReader', 'common_prefix', 'Transcript', 'Room', 'Drawn', 'Answers', 'Chat']
 
-# %% ../nbs/06d_chat.ipynb #chatx000
+# %% ../nbs/06d_chat.ipynb #chatc003
 import json
 import re
 import warnings
@@ -27,7 +27,7 @@ from .sampling import is_whole
 from .tokenizer import Tokenizer
 from .tokenizer_files import small_text
 
-# %% ../nbs/06d_chat.ipynb #chatx001
+# %% ../nbs/06d_chat.ipynb #chatc010
 ROLES = ("system", "user", "assistant")
 
 
@@ -67,7 +67,7 @@ class Template:
             return ()
         return tuple(self.after + self.opening(role).rstrip() for role in ROLES)
 
-# %% ../nbs/06d_chat.ipynb #chatx002
+# %% ../nbs/06d_chat.ipynb #chatc012
 CHATML = Template("<|im_start|>{role}\n", "<|im_end|>\n",
                   special=("<|im_start|>", "<|im_end|>"))
 SMOLLM2 = replace(CHATML, system="You are a helpful AI assistant named SmolLM, trained "
@@ -81,7 +81,7 @@ def template_for(tokenizer: Tokenizer) -> Template:
         return PLAIN
     return SMOLLM2 if "smollm2" in tokenizer.name.lower() else CHATML
 
-# %% ../nbs/06d_chat.ipynb #chatx003
+# %% ../nbs/06d_chat.ipynb #chatc016
 @dataclass
 class Message:
     """What somebody said, in words and as the model reads it."""
@@ -125,7 +125,7 @@ class Messages:
         """See `Template.encode`."""
         return self.template.encode(self.tokenizer, ours, theirs)
 
-# %% ../nbs/06d_chat.ipynb #chatx004
+# %% ../nbs/06d_chat.ipynb #chatc017
 class Conversation(Messages):
     """Messages that can be added and taken back; the oldest may be out of sight."""
 
@@ -170,48 +170,7 @@ class Conversation(Messages):
         del self.log[self.n_system :]
         self.first = 0
 
-# %% ../nbs/06d_chat.ipynb #chatx005
-class Transcript(Conversation):
-    """A conversation that can be kept in a file."""
-
-    def save(self, path) -> Path:
-        """Write JSON lines of role and content, and ids that the text does not give."""
-        lines = []
-        for m in self.log:
-            known = self.message(m.role, m.content).ids
-            ids = {} if m.ids == known else dict(ids=m.ids)
-            lines.append(json.dumps(dict(role=m.role, content=m.content) | ids) + "\n")
-        return atomic_write(path, "".join(lines).encode())
-
-    def load(self, path) -> None:
-        """Take up a saved conversation in place of this one.
-
-        Raises `CheckpointError` for a file that holds none; nothing changes then."""
-        path, old = Path(path), (self.log, self.first)
-        lines = small_text(path, 4 << 20).split("\n")
-        try:
-            self.log, self.first = [], 0
-            with _refusing(path, "Give a file that Chat.save wrote"):
-                for line in filter(str.strip, lines):
-                    self.read(_json(line))
-        except BaseException:
-            self.log, self.first = old
-            raise
-
-    def read(self, line) -> None:
-        """Add what a line holds. Ids count only if they say what the text says."""
-        if not isinstance(line, dict) or not {"role", "content"} <= set(line):
-            raise ChatError(f"{line!r:.60} is no message: it needs role and content")
-        message = self.add(line["role"], line["content"])
-        ids, decode = line.get("ids"), self.tokenizer.decode
-        special = set(self.tokenizer.special_tokens.values())
-        marks = lambda ids: [i for i in ids if i in special]
-        whole = isinstance(ids, list) and all(type(i) is int for i in ids)
-        if whole and marks(ids) == marks(message.ids):
-            if decode(ids) == decode(message.ids):
-                message.ids = ids
-
-# %% ../nbs/06d_chat.ipynb #chatx006
+# %% ../nbs/06d_chat.ipynb #chatc025
 class PrefixReader:
     """A decoder that keeps what it has read, and reads only what differs from it."""
 
@@ -258,7 +217,48 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     pairs = enumerate(zip(a, b))
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
-# %% ../nbs/06d_chat.ipynb #chatx007
+# %% ../nbs/06d_chat.ipynb #chatc029
+class Transcript(Conversation):
+    """A conversation that can be kept in a file."""
+
+    def save(self, path) -> Path:
+        """Write JSON lines of role and content, and ids that the text does not give."""
+        lines = []
+        for m in self.log:
+            known = self.message(m.role, m.content).ids
+            ids = {} if m.ids == known else dict(ids=m.ids)
+            lines.append(json.dumps(dict(role=m.role, content=m.content) | ids) + "\n")
+        return atomic_write(path, "".join(lines).encode())
+
+    def load(self, path) -> None:
+        """Take up a saved conversation in place of this one.
+
+        Raises `CheckpointError` for a file that holds none; nothing changes then."""
+        path, old = Path(path), (self.log, self.first)
+        lines = small_text(path, 4 << 20).split("\n")
+        try:
+            self.log, self.first = [], 0
+            with _refusing(path, "Give a file that Chat.save wrote"):
+                for line in filter(str.strip, lines):
+                    self.read(_json(line))
+        except BaseException:
+            self.log, self.first = old
+            raise
+
+    def read(self, line) -> None:
+        """Add what a line holds. Ids count only if they say what the text says."""
+        if not isinstance(line, dict) or not {"role", "content"} <= set(line):
+            raise ChatError(f"{line!r:.60} is no message: it needs role and content")
+        message = self.add(line["role"], line["content"])
+        ids, decode = line.get("ids"), self.tokenizer.decode
+        special = set(self.tokenizer.special_tokens.values())
+        marks = lambda ids: [i for i in ids if i in special]
+        whole = isinstance(ids, list) and all(type(i) is int for i in ids)
+        if whole and marks(ids) == marks(message.ids):
+            if decode(ids) == decode(message.ids):
+                message.ids = ids
+
+# %% ../nbs/06d_chat.ipynb #chatc032
 class Room(Transcript):
     """A transcript that must fit a context: the oldest turns go out of sight."""
 
@@ -289,7 +289,7 @@ class Room(Transcript):
         opening = self.template.opening("assistant")
         return opening[len(opening.rstrip(" ")) :]
 
-# %% ../nbs/06d_chat.ipynb #chatx008
+# %% ../nbs/06d_chat.ipynb #chatc034
 class Drawn(Room):
     """The tokens of a reply as they come, and those that stay when it is over."""
 
@@ -324,7 +324,7 @@ class Drawn(Room):
                 return
         said.ids = self.message(said.role, said.content).ids  # it ended inside a token
 
-# %% ../nbs/06d_chat.ipynb #chatx009
+# %% ../nbs/06d_chat.ipynb #chatc035
 class Answers(Drawn):
     """The text of a reply as it comes."""
 
@@ -356,7 +356,7 @@ class Answers(Drawn):
         finally:
             self.settle(said)
 
-# %% ../nbs/06d_chat.ipynb #chatx010
+# %% ../nbs/06d_chat.ipynb #chatc036
 class Chat(Answers):
     """A conversation with a model, which reads each token of it once.
 
