@@ -203,8 +203,8 @@ class GradualPruning:
         check_amount(amount)
         whole = all(type(n) is int for n in (begin, end, every))
         if not whole or not 0 <= begin < end or every < 1:
-            raise ValueError(f"begin={begin}, end={end} and every={every}: whole steps, "
-                             "and the end must come after the beginning")
+            raise ValueError(f"begin={begin}, end={end} and every={every}: must be "
+                             "whole steps, and the end after the beginning")
         self.amount, self.begin, self.end, self.every = amount, begin, end, every
 
     def __call__(self, run: Run) -> None:

@@ -151,6 +151,8 @@ class Int8Linear(QuantizedModule):
                                    "the scheme 'int8', or call eval()")
             x_q, x_scale = quantize_tokens(x)
             y = integer_product(x_q, self.weight_q) * x_scale
+        elif x.dtype == torch.float16:  # it ends at 65,504, and sums of integers do not
+            return F.linear(x, self.dequantize().to(x.dtype), self.bias)
         else:
             y = F.linear(x, self.weight_q.to(x.dtype))
         y = y * self.scale.float().flatten()
@@ -361,7 +363,7 @@ def quantize(
 
 
 def drop_masks(model: GPTModel, names: list[str]) -> None:
-    """Masks of rounded linears are gone, their zeros are integers: a file needs none."""
+    """Masks of rounded linears are gone, their zeros are integers: a file has none."""
     for entry in [entry for entry in model.transforms if entry[0] == "prune"]:
         left = [name for name in entry[1]["modules"] if name not in names]
         at = model.transforms.index(entry)

@@ -21,7 +21,7 @@ class Int8Cache(KVCache):
     Whoever reads them gets rounded ones, the newest too, so that a text's logits do not
     depend on the steps in which it came."""
 
-    floats: torch.dtype | None = None  # of the model that fills it: integers do not tell
+    floats: torch.dtype | None = None  # of the model: the integers do not tell
 
     def pack(self, k: Tensor, v: Tensor) -> Sequence[Tensor]:
         """int8 (B, K, T, D) and float32 scales (B, K, T, 1), of keys and of values.

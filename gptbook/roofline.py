@@ -202,5 +202,5 @@ def decode_roof(
 
     Raises `ValueError` for a machine that does nothing in a second."""
     if not (bandwidth > 0 and peak > 0):
-        raise ValueError(f"bandwidth={bandwidth!r}, peak={peak!r}: both must be above 0")
+        raise ValueError(f"bandwidth={bandwidth!r}, peak={peak!r}: must be above 0")
     return cost.tokens / max(cost.bytes / bandwidth, cost.operations / peak)

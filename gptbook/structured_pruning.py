@@ -320,7 +320,7 @@ def lowest_heads(scores: dict, amount: float, scope: str, n_groups: dict) -> dic
 
 
 def checked_scores(scores: dict, counts: dict) -> dict:
-    """The scores. Raises `ValueError` unless there is one for each unit that is there."""
+    """The scores. Raises `ValueError` unless each unit has one, and nobody else."""
     for key, s in scores.items():
         if key not in counts:
             raise ValueError(f"scores for {key!r}: the model has {[*counts]}")
@@ -342,8 +342,8 @@ def prune_heads(
     layer, for groups that would become unequal, and if the share is less than one."""
     attns = attentions(model)
     if not isinstance(remove, dict):
-        n_heads, n_groups = ({layer: head_counts(attn)[i] for layer, attn in attns.items()}
-                             for i in (0, 1))
+        counts = {layer: head_counts(attn) for layer, attn in attns.items()}
+        n_heads, n_groups = ({i: pair[k] for i, pair in counts.items()} for k in (0, 1))
         scores = checked_scores(scores or head_scores(model), n_heads)
         remove = lowest_heads(scores, remove, scope, n_groups)
     kept = {}

@@ -433,6 +433,15 @@ def test_half_precision(dtype, tmp_path):
 
 
 @torch.no_grad()
+def test_loud_inputs_do_not_overflow_in_float16():
+    """600 times a row of 127s is beyond the largest float16; the output is not."""
+    weight, x = torch.full((2, 8), 0.01), torch.full((1, 8), 600.0)
+    linear = Int8Linear(*quantize_rows(weight), nn.Parameter(torch.ones(2))).half()
+    assert (x.half() @ linear.weight_q.half().T).isinf().all(), "the control"
+    torch.testing.assert_close(linear(x.half()).float(), x @ weight.T + 1, atol=0.05, rtol=0)
+
+
+@torch.no_grad()
 def test_autocast():
     for scheme in SCHEMES:
         quantize(model := make(), scheme)

@@ -326,7 +326,7 @@ def test_a_roof_is_the_slower_wall():
 
 @pytest.mark.parametrize("machine", [(0, 1.0), (-1.0, 1.0), (math.nan, 1.0), (1.0, 0)])
 def test_a_machine_that_does_nothing_has_no_roof(machine):
-    with pytest.raises(ValueError, match="both must be above 0"):
+    with pytest.raises(ValueError, match="must be above 0"):
         decode_roof(TokenCost(80.0, 20.0, 300.0), *machine)
 
 
