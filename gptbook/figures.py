@@ -382,7 +382,11 @@ def bars(
         ax.set(yticks=range(len(values)), yticklabels=map(str, values), xlabel=xlabel)
         ax.invert_yaxis()
         ax.grid(False)
-        ax.spines["left"].set_position(("data", 0))
+        if numbers.min() < 0:                 # names stay clear of the bars
+            ax.axvline(0, color=INK, linewidth=0.7)
+            ax.spines["left"].set_visible(False)
+        else:
+            ax.spines["left"].set_position(("data", 0))
         ax.tick_params(axis="y", length=0)
         ax.margins(x=0.12)
         _references(ax, reference)
