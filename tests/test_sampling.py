@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sampling_oracle import oracle_draw, oracle_kept
 from torch import nn
 
-from gptbook import generation
+from gptbook import generation, sampling
 from gptbook.core import GPTConfig, GPTModel, set_seed
 from gptbook.generation import generate_text
 from gptbook.sampling import (
@@ -314,3 +314,62 @@ def test_the_histogram_equals_the_definition_at_its_edges():
             kept = set(ids[0][ids[0] >= 0].tolist())
             assert abs(len(kept) - n) <= 1  # a sum of equal shares may meet p exactly
             assert kept == set(order[: len(kept)].tolist())
+
+
+# --- the tournament --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1024, 2048, 4096, 49152, 50257, 50304, 50261])
+@pytest.mark.parametrize("k", [1, 50, 256, 1500])
+def test_the_tournament_finds_the_largest(n, k):
+    """With and without a table of exact size, with ties, for k below and above its width."""
+    for seed, dtype in enumerate((torch.float32, torch.float64, torch.bfloat16)):
+        logits = torch.randn(2, n, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        order = np.argsort(-logits.double().numpy(), axis=1, kind="stable")[:, :k]
+        values, ids = largest(logits, k)
+        assert ids.tolist() == order.tolist()
+        assert torch.equal(values, logits.gather(1, ids).to(values.dtype))
+
+
+def test_a_tournament_with_too_few_columns_is_noticed(monkeypatch):
+    """Negative control: a final of half the columns loses some of the largest."""
+    logits = torch.randn(1, 50257, generator=torch.Generator().manual_seed(0))
+    right = sampling.tournament
+    due = largest(logits, 200)[1].tolist()
+
+    def half(row, width, k):
+        values, ids = right(row, width, k // 2)
+        return np.resize(values, k), np.resize(ids, k)
+
+    monkeypatch.setattr(sampling, "tournament", half)
+    assert largest(logits, 200)[1].tolist() != due
+
+
+@pytest.mark.parametrize("place", [0, 1733, 30_000, 50_256])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_one_bad_logit_is_found_anywhere(place, bad):
+    logits = torch.randn(2, 50257, generator=torch.Generator().manual_seed(0))
+    logits[1, place] = bad
+    for cut in (dict(), dict(top_k=50), dict(top_k=5000), dict(top_p=0.9), dict(temperature=0)):
+        with pytest.raises(ValueError, match="row 1"):
+            candidates(logits, **cut)
+    tied = torch.zeros(1, 50257)  # NaN before a tie at the edge
+    tied[0, place] = bad
+    with pytest.raises(ValueError, match="row 0"):
+        candidates(tied, top_k=50)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [30, 50257])
+def test_large_logits_are_never_changed(dtype, n):
+    logits = torch.randn(2, n, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    before = logits.clone()
+    for cut in (dict(), dict(top_k=5), dict(top_p=0.9), dict(top_k=20, top_p=0.5), dict(temperature=0)):
+        candidates(logits, 0.7 if cut != dict(temperature=0) else 0, **{
+            k: v for k, v in cut.items() if k != "temperature"})
+        assert torch.equal(logits, before)
+
+
+def test_logits_of_a_model_that_trains():
+    logits = torch.randn(2, 3000, requires_grad=True)
+    assert sample(logits, top_p=0.9).shape == sample(logits, top_k=5).shape == (2,)
