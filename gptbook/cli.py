@@ -74,8 +74,10 @@ class Failure(click.UsageError):
 TABLE = {  # the name of a command: where its function lives
     "train": "gptbook.cli_train:train_command",
     "generate": "gptbook.cli_generate:generate_command",
+    "chat": "gptbook.cli_chat:chat_command",
     "corpus": "gptbook.cli_corpus:corpus_command",
     "export": "gptbook.cli_export:export_command",
+    "analyze-attention": "gptbook.cli_attention:attention_command",
 }
 
 
@@ -203,6 +205,8 @@ class Name(click.ParamType):
     name = "text"
 
     def convert(self, value, param, ctx):
+        if "\0" in value:
+            self.fail("it holds a zero byte.", param, ctx)
         return value if value.strip() else self.fail("it is empty.", param, ctx)
 
 # %% ../nbs/11_command_line.ipynb #manyopt1

@@ -73,6 +73,20 @@ BAD = {
         "--json-schema schema.json --stop x", "--json-schema schema.json --min-length 1",
         "--json x", "--prompt-file - --prompt a",
     ],
+    "chat": [
+        *(f"--checkpoint {x}" for x in [*BAD_CHECKPOINTS, "mute.safetensors"]),
+        *(f"--temperature {x}" for x in ["-1", "nan", "inf", "hot", "''"]),
+        *(f"--top-k {x}" for x in ["0", "-3", "1.5", "''"]),
+        *(f"--top-p {x}" for x in ["0", "1.1", "nan", "''"]),
+        *(f"--min-p {x}" for x in ["-0.1", "1.1", "nan"]),
+        *(f"--repetition-penalty {x}" for x in ["0", "nan", "x"]),
+        *(f"--length {x}" for x in ["0", "-1", "long"]), "--context 15", "--context x",
+        *(f"--seed {x}" for x in BAD_SEEDS), *(f"--device {x}" for x in BAD_DEVICES),
+        *(f"--checkpoint . --transcript {x}" for x in [
+            "good.txt", "binary.bin", "folder", "/dev/zero", "'\0'", "x" * 300, *NAMES]),
+        "--checkpoint . --system '" + "the mat " * 99 + "' --transcript missing/talk.jsonl",
+        "--quantize int3", "--colour red", "Hello there", "--system", "--prompt x",
+    ],
     "train": [
         *(f"--data {x}" for x in BAD_DATA),
         *(f"--data good.txt --encoding {x}" for x in BAD_ENCODINGS), "--data one.txt",
@@ -237,8 +251,11 @@ FLAGS = {
                 "temperature top-k top-p min-p typical-p repetition-penalty presence-penalty "
                 "frequency-penalty no-repeat-ngram seed beams length-penalty lookup regex "
                 "json-schema num-samples number json",
+    "chat": "checkpoint device quantize system transcript length context temperature top-k "
+            "top-p min-p repetition-penalty seed",
     "export": "checkpoint to out quantize force",
     "corpus": "data encoding number vocab-size check",
+    "analyze-attention": "checkpoint text layer head word out show-plots seed device",
 }
 
 

@@ -1,5 +1,6 @@
 """`gptbook generate`: the text that it writes, from which prompts, in which form."""
 
+import importlib.util
 import io
 import json
 import math
@@ -17,7 +18,7 @@ from commands_workspace import (  # noqa: F401, two of them are fixtures
 )
 from gptbook import cli
 from gptbook.beam import beam_search
-from gptbook.checkpoints import load_model, save_model
+from gptbook.checkpoints import export_pt, load_model, save_model
 from gptbook.cli import call
 from gptbook.cli_generate import CLASHES, GENERATE_OPTIONS, NEEDS, Progress, flag
 from gptbook.constrained import Constraint
@@ -90,11 +91,42 @@ def test_a_pt_that_is_not_there_means_the_safetensors_beside_it(here, capsys):
     assert out == generate(capsys, "--checkpoint best_model.safetensors --length 3 --seed 1")[0]
 
 
-def test_the_example_script_and_a_reader_that_leaves(here):
-    script = ROOT / "examples" / "generate_text.py"
-    line = "--checkpoint best_model.pt --prompt 'The cat' --length 20 --top-k 50 --seed 1"
-    done = subprocess.run([sys.executable, script, *shlex.split(line)], capture_output=True,
-                          text=True, check=True)
+SCRIPT = ROOT / "examples" / "generate_text.py"
+
+
+def example(*words, cwd) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True,
+                          cwd=cwd)
+
+
+def test_the_example_script(here, tmp_path, capsys):
+    """With a .pt, from another folder, and with the defaults that it promises."""
+    path = export_pt(here / "best_model.safetensors", tmp_path / "sub" / "best_model.pt")
+    (tmp_path / "elsewhere").mkdir()
+    done = example("--checkpoint", "../sub/best_model.pt", "--seed", "1",
+                   cwd=tmp_path / "elsewhere")
+    assert done.returncode == 0, done.stderr
+    wanted, _ = generate(capsys, "--checkpoint best_model.safetensors --prompt 'Once upon a time' "
+                         "--length 150 --temperature 0.7 --top-k 50 --seed 1")
+    assert done.stdout == wanted and "validation loss 2.5" in done.stderr
+    done = example("--checkpoint", "hostile.pt", cwd=here)  # weights only
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_the_example_script_keeps_what_is_typed():
+    spec = importlib.util.spec_from_file_location("example_script", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    for words, gone in ((["--prompt=a"], "--prompt"), (["--top-k", "3"], "--top-k"),
+                        (["--prompt-file", "x"], "--prompt"), (["--beams", "3"], "--temperature")):
+        given = script.with_defaults(words)
+        assert gone not in given[: -len(words)] and given[-len(words):] == words
+    assert script.with_defaults([]) == ["--prompt", "Once upon a time", "--length", "150",
+                                        "--temperature", "0.7", "--top-k", "50"]
+
+
+def test_a_pt_beside_it_and_a_reader_that_leaves(here):
+    done = example("--checkpoint", "best_model.pt", "--prompt", "The cat", "--seed", "1", cwd=here)
     assert done.stdout.startswith("The cat") and "is not there: using" in done.stderr
     piped = subprocess.run(f"{shlex.quote(GPTBOOK)} generate --checkpoint . --length 99 "
                            "| head -c 1", shell=True, capture_output=True)
