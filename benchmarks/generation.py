@@ -1,7 +1,7 @@
 """Writing: what the loop costs beside its model, what shared prompts save, and whether rows
 stay what they are alone.
 
-    python benchmarks/generation.py            # two minutes, one thread
+    python benchmarks/generation.py            # three minutes, one thread
     python benchmarks/generation.py --quick    # seconds, writes nothing
 
 1. A step of the stories model by the bare decoder, and by `generate_text` with each of its
@@ -74,10 +74,12 @@ def step_costs(rounds: int, length: int) -> dict:
         "adjust": write(adjust=lambda logits, rows, texts, step: logits),
         "all penalties": write(sampler=PENALTIES),
     }, rounds)
-    bare_times = times["bare decoder"]
+    bare_times, plain = times["bare decoder"], times["temperature 1"]
     return {name: {"us": 1e6 * median(t) / length,
                    "more_us": 1e6 * median(x - y for x, y in zip(t, bare_times)) / length,
-                   "ratio": median(x / y for x, y in zip(t, bare_times))}
+                   "ratio": median(x / y for x, y in zip(t, bare_times)),
+                   "more_than_plain_us": 1e6 * median(x - y for x, y in zip(t, plain)) / length,
+                   "to_plain": median(x / y for x, y in zip(t, plain))}
             for name, t in times.items()}
 
 
