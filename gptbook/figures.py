@@ -131,12 +131,12 @@ class Drawing(Display):
         data = base64.b64encode(out.getvalue()).decode()
         return f'<img alt="{html.escape(self.alt)}" src="data:image/png;base64,{data}">'
 
-    def save(self, path) -> None:
+    def save(self, path, format: str = None) -> None:
         """Write the figure with its title; the suffix decides: .svg, .png, .pdf."""
         figure = deepcopy(self.figure)            # the page's figure stays as it is
         with rc_context(STYLE):
             figure.suptitle(self.title, x=0.01, ha="left", weight="bold")
-            figure.savefig(path)
+            figure.savefig(path, format=format)
 
 # %% ../nbs/00a_figures.ipynb #d040b068
 def canvas(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAGE', 'token_labels', 'thinned', 'check_table', 'head_picture', 'layer_picture', 'model_picture', 'lines_picture',
-           'through_layers', 'save_view']
+           'through_layers', 'view_page', 'save_view']
 
 # %% ../nbs/05a_pictures.ipynb #pict0004
 import html
@@ -88,14 +88,16 @@ def model_picture(
     """All heads of all layers: a row for each layer, the first above."""
     from gptbook.figures import Drawing, _matrix, canvas
 
-    table = check_table(weights, range(weights.shape[-1]), 4)
-    L, H = table.shape[:2]
-    figure, axes = canvas(7.2 * L / H + 0.2, L, H, squeeze=False)
-    for layer in range(L):
-        for head, ax in enumerate(axes[layer]):
-            _matrix(ax, table[layer, head].sqrt(), 1.0)
-            ax.set(xticks=[], yticks=[], box_aspect=1)
-        axes[layer][0].set_ylabel(f"{layer}", rotation=0, va="center", labelpad=8)
+    table = check_table(weights, range(weights.shape[-1]), 4).sqrt()
+    L, H, T, _ = table.shape
+    size = T + max(2, T // 12)  # of a tile, with a margin
+    tiles = torch.zeros(L, size, H, size)
+    tiles[:, :T, :, :T] = table.transpose(1, 2)
+    figure, ax = canvas(7.2 * L / H + 0.4)
+    _matrix(ax, tiles.reshape(L * size, H * size), 1.0)
+    middle = [T / 2 + i * size for i in range(max(L, H))]
+    ax.set(xticks=middle[:H], yticks=middle[:L], xticklabels=range(H),
+           yticklabels=range(L), xlabel="head", ylabel="layer", aspect="equal")
     return Drawing(figure, f"{L} layers of {H} heads. {title}", title)
 
 # %% ../nbs/05a_pictures.ipynb #pict0017
@@ -159,6 +161,11 @@ max-width:60rem;margin:1.5rem auto;padding:0 1rem;color-scheme:light dark}</styl
 """
 
 
+def view_page(view) -> str:
+    """A view as a whole HTML page that follows the reader's light or dark setting."""
+    return PAGE % (html.escape(view.title or "Attention"), view._repr_html_())
+
+
 def save_view(
     path: str | Path,
     weights: Tensor,        # (L, H, T, T)
@@ -172,5 +179,4 @@ def save_view(
 
     table = check_table(weights, labels, 4)
     view = attention_view(table, labels, title=title, limit=limit, **options)
-    page = PAGE % (html.escape(title), view._repr_html_())
-    return atomic_write(path, page.encode())
+    return atomic_write(path, view_page(view).encode())

@@ -203,6 +203,15 @@ def test_the_report_has_the_form_that_was_promised(demo):
         attention_report(weights, tokenizer, ids, about=["dog"])
 
 
+def test_every_pronoun_is_told_by_itself(demo):
+    _, tokenizer = demo
+    ids, weights = fixed(tokenizer, "Tom had a ball. He gave it to them.", [("He", "Tom", 1.0)])
+    said = attention_report(weights, tokenizer, ids, top=1)
+    assert [line.strip() for line in said.splitlines() if "attends" in line] == [
+        f"'{word}' attends most to:" for word in ("He", "it", "them")]
+    assert "    1. 'Tom' (weight: 1.00)  # coreference" in said.splitlines()
+
+
 def test_without_a_pronoun_the_last_word_is_told(demo):
     _, tokenizer = demo
     ids, weights = fixed(tokenizer, "The cat sat", [("sat", "cat", 1.0)])

@@ -69,10 +69,13 @@ def test_grids_show_each_head_in_its_place():
     for head in range(3):
         torch.testing.assert_close(alphas(panels[head]), weights[1, head], atol=0.003, rtol=0)
         assert panels[head].get_title(loc="left") == f"head 1.{head}"
-    panels = model_picture(weights, "A model").figure.axes
-    for i, panel in enumerate(panels):
-        torch.testing.assert_close(alphas(panel), weights[i // 3, i % 3].sqrt(), atol=0.003, rtol=0)
-    assert panels[3].get_ylabel() == "1" and len(panels) == 6
+    shown = model_picture(weights, "A model").ax
+    tiles = alphas(shown).view(2, T + 2, 3, T + 2)
+    for layer in range(2):
+        for head in range(3):
+            torch.testing.assert_close(tiles[layer, :T, head, :T], weights[layer, head].sqrt(),
+                                       atol=0.003, rtol=0)
+    assert not tiles[:, T:].any() and not tiles[:, :, :, T:].any(), "margins are empty"
 
 
 def test_lines_go_from_who_looks_to_what():
