@@ -18,10 +18,11 @@ from results_file import record
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gptbook.beam import BeamRules, Beams, Continuations, beam_search, best_options, follow
+from gptbook.beam import (
+    Bans, BeamRules, Beams, beam_search, best_options, continuations, follow,
+)
 from gptbook.core import GPTConfig, GPTModel, pick_device, set_seed
 from gptbook.decoder import Decoder
-from gptbook.generation import generate_text
 
 PROMPT, PENALTY = 64, 1.0
 
@@ -98,19 +99,20 @@ def parts(model, ids, width, length) -> dict:
     def select():
         search = Beams(text, BeamRules(width, length))
         search.live *= width
-        search.advance(best_options(search, *best(logits, [text] * width, 0)))
+        found = continuations(logits, 2 * width, Bans(), [text] * width, 0)
+        search.advance(best_options(search, *found))
 
-    best, turned = Continuations(2 * width), [0, 0, *range(1, width - 1)]
-    scores = logits.clone()
+    # the fifth beam died and the first has two children; in order, four rows would move
+    turned, gathered = [*range(width - 1), 0], [0, 0, *range(1, width - 1)]
     return {
         "the model, one row": one_row(model, text, length),
         "the model, all beams": milliseconds(step),
         "choosing": milliseconds(select),
         "choosing, softmax and sort of all": milliseconds(
-            lambda: scores.log_softmax(-1).flatten().sort(descending=True)),
+            lambda: logits.log_softmax(-1).flatten().sort(descending=True)),
         "cache, what was generated": milliseconds(
             lambda: follow(decoder, turned, len(text))),
-        "cache, all of it": milliseconds(lambda: decoder.reorder(turned)),
+        "cache, all of it": milliseconds(lambda: decoder.reorder(gathered)),
     }
 
 
@@ -130,8 +132,9 @@ def one_row(model, text, length) -> float:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--width", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=64, help="after a prompt of 64")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[32, 64],
+                        help="new ones after a prompt of 64, for each race")
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--scale", type=float, default=3.0, help="of the random weights")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="a small shape; writes nothing")
@@ -141,23 +144,21 @@ def main():
     config = GPTConfig(4096, 256, 128, 4, 4) if args.quick else GPTConfig()
     model, theirs = pair(config, device, args.scale)
     ids = torch.randint(config.vocab_size, (PROMPT,), device=device)
-    options = ids, args.width, args.tokens
-    times, apart = race({"gptbook": lambda: ours(model, *options),
-                         "transformers": lambda: transformers(theirs, *options)}, args.rounds)
-    ratios = [b / a for a, b in zip(times["gptbook"], times["transformers"])]
-    greedy = generate_text(model, ids, args.tokens, temperature=0)[0][PROMPT:]
-    best = ours(model, *options)[0]
-    figures = {
-        "beam_width": args.width, "prompt": PROMPT, "new_tokens": args.tokens,
-        "rounds": args.rounds, "weights_scaled_by": args.scale,
-        "steps_per_second": {name: round(args.tokens / median(t), 2)
-                             for name, t in times.items()},
-        "gptbook_over_transformers": round(median(ratios), 2),
-        "ratios": [round(ratio, 2) for ratio in ratios],
-        "largest_difference_of_scores": apart,
-        "greedy_finds_the_best": greedy == best[0],
-        "step_ms": parts(model, *options),
-    }
+    figures = {"beam_width": args.width, "prompt": PROMPT, "rounds": args.rounds,
+               "weights_scaled_by": args.scale, "races": {}}
+    for tokens in args.tokens:
+        options = ids, args.width, tokens
+        times, apart = race({
+            "gptbook": lambda: ours(model, *options),
+            "transformers": lambda: transformers(theirs, *options)}, args.rounds)
+        ratios = [b / a for a, b in zip(times["gptbook"], times["transformers"])]
+        figures["races"][str(tokens)] = {
+            "tokens_per_second": {name: round(tokens / median(t), 2)
+                                  for name, t in times.items()},
+            "gptbook_over_transformers": round(median(ratios), 2),
+            "ratios": [round(ratio, 2) for ratio in ratios],
+            "largest_difference_of_scores": apart}
+    figures["step_ms"] = parts(model, *options)
     print(figures)
     if not args.quick:
         print(record("beam_search", figures))

@@ -2,6 +2,7 @@
 import itertools
 import math
 import random
+import re
 from unittest.mock import patch
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 import gptbook.beam as beam
 import gptbook.recipes  # noqa: F401, they register themselves
 from gptbook.beam import BeamRules, Beams, Hypothesis, beam_search, beam_steps, best_of
+from gptbook.checkpoints import load_demo
+from gptbook.constrained import Constraint
 from gptbook.core import GPTConfig, GPTModel, set_seed
 from gptbook.decoder import Decoder
 from gptbook.generation import generate_text
@@ -138,7 +141,7 @@ def test_transformers_finds_the_same(recipe, tmp_path):
     grid = list(itertools.product((2, 3, 5), (0.0, 1.0, 2.0, -0.5), (False, True, "never"),
                                   (often, often, None), ((0, None), (5, None), (0, 2), (4, 3))))
     random.Random(recipe).shuffle(grid)
-    for i, (width, penalty, early, end, (shortest, n)) in enumerate(grid[:60]):
+    for i, (width, penalty, early, end, (shortest, n)) in enumerate(grid[:40]):
         shortest = shortest if end is not None else 0
         rows = PROMPTS[:2] if i % 4 else PROMPTS[1:]
         if n:  # transformers also bans n-grams that only its padding holds
@@ -153,7 +156,7 @@ def test_transformers_finds_the_same(recipe, tmp_path):
                                        atol=1e-4, rtol=1e-5)
             ended += sum(one.finished for one in found)
             lengths |= {len(one.new_ids) for one in found}
-    assert ended > 12 and len(lengths) > 3, "the grid must hold texts that end"
+    assert ended > 8 and len(lengths) > 2, "the grid must hold texts that end"
 
 
 def naive_groups(model, prompt, width, length, groups, diversity):
@@ -196,8 +199,8 @@ def test_groups_in_a_batch_equal_groups_alone(writer):
 
 
 def test_a_batch_equals_its_rows(writer):
-    for end in (None, common_token(writer)):
-        options = dict(beam_width=4, max_length=15, end_of_text=end)
+    for end, n in ((None, None), (common_token(writer), None), (None, 2)):
+        options = dict(beam_width=4, max_length=15, end_of_text=end, no_repeat_ngram=n)
         for found, prompt in zip(beam_search(writer, PROMPTS, **options), PROMPTS):
             alone = beam_search(writer, prompt, **options)
             assert [one.ids for one in found] == [one.ids for one in alone]
@@ -290,6 +293,18 @@ def test_adjust_takes_a_sampler(writer):
                         adjust=lambda x, rows, texts, step: sampler.adjust(x, texts, step))
     same = beam_search(writer, [3, 5], 4, 25, no_repeat_ngram=2)
     assert [one.ids for one in found] == [one.ids for one in same]
+
+
+def test_adjust_takes_a_constraint():
+    """A pattern holds in every beam, though beams change places at each step."""
+    model, tokenizer = load_demo()
+    end = tokenizer.end_of_text
+    pattern = "(?:Lily|Jack) (?:sat|ran) [a-z]{3,9}\\."
+    found = beam_search(model, [end], 5, 25, end_of_text=end,
+                        adjust=Constraint(pattern, tokenizer))
+    texts = [tokenizer.decode(one.new_ids[:-1]) for one in found]
+    assert all(one.finished for one in found) and len(set(texts)) > 1
+    assert all(re.fullmatch(pattern, text) for text in texts), texts
 
 
 def test_a_dead_end_stops_the_text(writer):
