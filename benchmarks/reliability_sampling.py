@@ -128,10 +128,12 @@ def control_r4(model, bug) -> int:
 def drops_the_crossing_token():
     """Top-p that asks for the mass with the token, as in many tutorials."""
     def until(values, weights, goal):
-        order = np.argsort(-values, kind="stable")
-        inside = weights[order].cumsum() <= goal
-        inside[0] = True
-        return np.sort(order[inside & (values[order] > -math.inf)])
+        order = np.argsort(-values, axis=1, kind="stable")
+        inside = np.take_along_axis(weights, order, 1).cumsum(1) <= goal
+        inside[:, 0] = True
+        kept = np.empty_like(inside)
+        np.put_along_axis(kept, order, inside, 1)
+        return kept & (values > -math.inf)
     return mock.patch.object(sampling, "until", until)
 
 

@@ -131,14 +131,15 @@ def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
                  for x in (values, ids))
 
 # %% ../nbs/06_choosing_a_token.ipynb #20bb8d67
-def until(values, weights, goal) -> np.ndarray:  # places, ascending
-    """The largest of `values` (M,), as long as those ahead weigh less than the goal.
+def until(values, weights, goal) -> np.ndarray:  # (B, M) bool
+    """The largest of `values` (B, M), as long as those ahead weigh less than the goal.
 
-    Of equal ones the lower place comes first."""
-    order = np.argsort(-values, kind="stable")
-    own = weights[order]
-    ahead = own.cumsum() - own
-    return np.sort(order[(ahead < goal) & (values[order] > -math.inf)])
+    Of equal ones the lower place comes first. The goal is (B, 1)."""
+    order, rows = np.argsort(-values, 1, kind="stable"), np.arange(len(values))[:, None]
+    own = weights[rows, order]
+    kept = np.empty(values.shape, bool)
+    kept[rows, order] = own.cumsum(1) - own < goal
+    return kept & (values > -math.inf)
 
 # %% ../nbs/06_choosing_a_token.ipynb #0e68cd3c
 def nucleus(key, distance, weights, mass) -> np.ndarray:  # ids, ascending
@@ -153,7 +154,7 @@ def nucleus(key, distance, weights, mass) -> np.ndarray:  # ids, ascending
     crossing = int(total.searchsorted(goal))
     before = total[crossing - 1] if crossing else 0.0
     kept, inside = bins < crossing, np.flatnonzero(bins == crossing)
-    kept[inside[until(key[inside], weights[inside], goal - before)]] = True
+    kept[inside] = until(key[None, inside], weights[None, inside], goal - before)[0]
     return np.flatnonzero(kept)
 
 # %% ../nbs/06_choosing_a_token.ipynb #samp0034
@@ -168,21 +169,43 @@ def distances(values: np.ndarray, heat: float, number=0) -> np.ndarray:  # (B, M
         return np.subtract(peak, values, dtype=np.float64) / heat
 
 
-def by_mass(row: Tensor, number: int, heat: float, mass: float, few=256):
-    """Ids and weights of those who reach the mass in one row (V,)."""
-    logits = array(row)
-    distance = distances(logits[None], heat, number)[0]
+def cut(ids, values, weights, goal):  # ids, probabilities (B, M)
+    """Drop who is not needed for the goal (B, 1)."""
+    kept = until(values, weights, goal)
+    weights = np.where(kept, weights, 0)
+    return np.where(kept, ids, -1), weights / weights.sum(1, keepdims=True)
+
+
+def by_mass(rows: Tensor, number: int, heat: float, mass: float, few=256):
+    """Ids and probabilities of those who reach the mass, of all in each row (B, V)."""
+    logits = array(rows)
+    distance = distances(logits, heat, number)
     weights = np.exp(-distance)
-    if len(row) > 16 * few:
-        (values,), (ids,) = strongest(row[None], few)
-        chosen, goal = weights[ids], mass * weights.sum()
-        if chosen.sum() >= goal:
-            kept = until(values, chosen, goal)
-            return ids[kept], chosen[kept]
-    ids = nucleus(logits, distance, weights, mass)
-    return ids, weights[ids]
+    goal = mass * weights.sum(1, keepdims=True)
+    if rows.shape[1] <= SMALL:
+        return cut(np.arange(rows.shape[1]), logits, weights, goal)
+    values, ids = strongest(rows, few)  # one row
+    chosen = weights[:, ids[0]]
+    if chosen.sum() >= goal[0]:
+        return cut(ids, values, chosen, goal)
+    ids = nucleus(logits[0], distance[0], weights[0], mass)
+    return ids[None], weights[:, ids] / weights[0, ids].sum()
 
 # %% ../nbs/06_choosing_a_token.ipynb #samp0036
+SMALL = 4096  # a row of so many numbers is sorted
+
+
+def among_all(rows: Tensor, heat: float, mass: float) -> tuple[Tensor, Tensor]:
+    """Candidates by mass, large rows one by one, small ones in blocks of 8 MB."""
+    size = rows.shape[1]
+    n = 1 if size > SMALL else 2**20 // size
+    starts = range(0, len(rows), n)
+    parts = [by_mass(rows[b : b + n], b, heat, mass) for b in starts]
+    if len(parts) > 1:
+        return join([pair for part in parts for pair in zip(*part)], rows.device)
+    return tuple(torch.from_numpy(x).to(rows.device) for x in parts[0])
+
+
 def join(rows: list, device) -> tuple[Tensor, Tensor]:  # (B, M) ids; probabilities
     """Ids and weights of rows side by side; the shorter are filled up with -1 and 0."""
     longest = max(len(ids) for ids, _ in rows)
@@ -191,19 +214,17 @@ def join(rows: list, device) -> tuple[Tensor, Tensor]:  # (B, M) ids; probabilit
         found[b, : len(ids)], shares[b, : len(ids)] = ids, weights / weights.sum()
     return torch.from_numpy(found).to(device), torch.from_numpy(shares).to(device)
 
-
+# %% ../nbs/06_choosing_a_token.ipynb #samp0037
 def among_k(rows: Tensor, k: int, heat: float, mass: float) -> tuple[Tensor, Tensor]:
     """Candidates among the k largest of each row."""
     values, ids = strongest(rows, k)
     weights = np.exp(-distances(values, heat))
     total = weights.sum(1, keepdims=True)
     if mass < 1:
-        kept = map(until, values, weights, mass * total)
-        found = [(i[at], w[at]) for i, w, at in zip(ids, weights, kept)]
-        return join(found, rows.device)
-    ids[values == -math.inf] = -1
-    probs = torch.from_numpy(weights / total)
-    return torch.from_numpy(ids).to(rows.device), probs.to(rows.device)
+        ids, probs = cut(ids, values, weights, mass * total)
+    else:
+        ids[values == -math.inf], probs = -1, weights / total
+    return tuple(torch.from_numpy(x).to(rows.device) for x in (ids, probs))
 
 
 def uncut(rows: Tensor, heat: float) -> tuple[Tensor, Tensor]:
@@ -235,8 +256,7 @@ def candidates(
     if heat and top_k is not None and top_k < rows.shape[1]:
         return among_k(rows, int(top_k), heat, mass)
     if heat and mass < 1:
-        found = [by_mass(row, b, heat, mass) for b, row in enumerate(rows)]
-        return join(found, rows.device)
+        return among_all(rows, heat, mass)
     return uncut(rows, heat)
 
 

@@ -184,6 +184,7 @@ def test_frequencies_of_100_000_draws(settings_):
     logits = 2 * torch.randn(40, generator=torch.Generator().manual_seed(1))
     n = 100_000
     draws = sample(logits.expand(n, -1), **settings_, generator=torch.Generator().manual_seed(2))
+    assert draws.shape == (n,)
     seen, kept = torch.bincount(draws, minlength=40).double(), oracle_kept(logits, **settings_)
     expected = torch.zeros(40).double()
     expected[list(kept)] = n * torch.tensor(list(kept.values()), dtype=torch.double)
