@@ -69,7 +69,8 @@ class TokenTrie:
             depth += 1
             longer = [i for i in longer if len(self.tokens[i]) > depth]
         self.parents, self.data = np.array(parents), np.array(data)
-        self.nodes = np.array([at.get(i, -1) for i in range(len(self.tokens))])
+        nodes = [at.get(i, -1) for i in range(len(self.tokens))]
+        self.nodes = np.array(nodes, dtype=int)
 
     def walk(self, automaton: Automaton, state: int) -> np.ndarray:  # (V,)
         """The state after each token; `DEAD` for those that do not fit."""
