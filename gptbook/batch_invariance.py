@@ -36,7 +36,9 @@ PARALLEL = 32_768  # numbers from which PyTorch divides an operation among threa
 
 def in_whole_vectors(function: Callable, x: Tensor, *args, **kwargs) -> Tensor:
     """An elementwise function in which no number falls into the scalar rest."""
-    rows = x.reshape(-1, x.shape[-1])
+    if not x.numel():
+        return function(x, *args, **kwargs)
+    rows = x.reshape(-1, x.shape[-1] if x.dim() else 1)
     padded = F.pad(rows, (0, -rows.shape[1] % LANES))
     pieces = padded.split(max(1, PARALLEL // padded.shape[1]))
     out = torch.cat([function(piece, *args, **kwargs) for piece in pieces])

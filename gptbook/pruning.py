@@ -46,9 +46,9 @@ def two_of_four(
     weight: Tensor,  # (N, K), K divisible by 4
 ) -> Tensor:         # bool, True for the two largest of every four along K
     """The 2:4 pattern, for which some GPUs have kernels (Mishra et al. 2021)."""
-    if weight.shape[-1] % 4:
+    if not weight.dim() or weight.shape[-1] % 4:
         raise ValueError(f"2:4 needs rows of whole fours: {tuple(weight.shape)} has "
-                         f"K={weight.shape[-1]}")
+                         f"K={weight.shape[-1] if weight.dim() else 1}")
     fours = weight.abs().unflatten(-1, (-1, 4))
     kept = torch.zeros_like(fours, dtype=torch.bool)
     return kept.scatter_(-1, fours.topk(2).indices, True).flatten(-2)
@@ -74,7 +74,12 @@ def mask_of(module: nn.Module) -> Mask | None:
 
 @torch.no_grad()
 def set_mask(linear: nn.Module, kept: Tensor) -> None:
-    """Hide what is not kept; what was hidden before stays hidden."""
+    """Hide what is not kept; what was hidden before stays hidden.
+
+    Raises `ValueError` for what is no mask of this weight."""
+    if kept.dtype != torch.bool or kept.shape != linear.weight.shape:
+        raise ValueError(f"a mask of {tuple(linear.weight.shape)} must be bool and of "
+                         f"that shape, got {tuple(kept.shape)}, {kept.dtype}")
     if (mask := mask_of(linear)) is None:
         parametrize.register_parametrization(linear, "weight", Mask(kept), unsafe=True)
     else:
@@ -86,12 +91,18 @@ def prunable(
     model: GPTModel,
     keep: tuple = (),  # last name parts of linears that are left alone
 ) -> dict[str, nn.Linear]:
-    """The linears of the blocks by name. Raises `ValueError` if there is none."""
+    """The linears of the blocks by name.
+
+    Raises `ValueError` if there is none, and for a name in `keep` that none has."""
     if any(name.startswith("quantize") for name, _ in model.transforms):
         raise ValueError("the model is quantized: prune first, then quantize")
-    found = {name: part for name, part in model.blocks.named_modules(prefix="blocks")
-             if isinstance(part, nn.Linear)
-             and without_base(name).rpartition(".")[2] not in keep}
+    linears = {name: part for name, part in model.blocks.named_modules(prefix="blocks")
+               if isinstance(part, nn.Linear)}
+    last = {name: without_base(name).rpartition(".")[2] for name in linears}
+    if isinstance(keep, str) or (lost := {*keep} - {*last.values(), "router"}):
+        wrong = keep if isinstance(keep, str) else min(lost, key=str)
+        raise ValueError(f"keep={wrong!r}: a tuple of {sorted({*last.values()})}")
+    found = {name: part for name, part in linears.items() if last[name] not in keep}
     if not found:
         raise ValueError(f"the blocks have no linear but {keep}: nothing to prune")
     return found

@@ -54,6 +54,8 @@ class Observer(nn.Module):
 
     def __init__(self, memory: float = 0.99):  # share of the old value that is kept
         super().__init__()
+        if not 0 <= memory < 1:
+            raise ValueError(f"memory={memory!r} must be in [0, 1)")
         self.memory = memory
         self.register_buffer("amax", torch.zeros(()))
         self.register_buffer("frozen", torch.zeros((), dtype=torch.bool))
@@ -94,7 +96,10 @@ def freeze_observers(model: nn.Module) -> int:  # how many there are
 
 
 def freeze_after(step: int) -> Callable:  # a callback for `train`
-    """Freeze all observers when so many steps are done."""
+    """Freeze all observers when so many steps are done, which is 1 or more."""
+    if type(step) is not int or step < 1:
+        raise ValueError(f"step={step!r} never comes: a whole number >= 1 is needed")
+
     def callback(run: Run) -> None:
         if run.step == step:
             freeze_observers(run.model)

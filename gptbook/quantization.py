@@ -23,7 +23,11 @@ def to_integers(
     x: Tensor,     # floats, (..., K)
     largest: int,  # the integers go from -largest to largest
 ) -> tuple[Tensor, Tensor]:  # int8 (..., K), float32 scale (..., 1)
-    """Divide by a scale that fits the largest of the last axis, and round."""
+    """Divide by a scale that fits the largest of the last axis, and round.
+
+    Raises `ValueError` if the last axis is empty."""
+    if not x.dim() or not x.shape[-1]:
+        raise ValueError(f"a tensor of shape {tuple(x.shape)} has no rows to round")
     x = x.detach().float()
     scale = x.abs().amax(-1, keepdim=True) / largest
     scale = scale.masked_fill(scale == 0, 1.0)  # all zero; a NaN stays a NaN
@@ -199,6 +203,8 @@ def quantize_groups(
 
     Raises `ValueError` for other bits or groups, and for NaN or infinite weights."""
     check_group(group)
+    if weight.dim() != 2:
+        raise ValueError(f"weights of shape {tuple(weight.shape)} are no matrix")
     largest, K = largest_integer(weight, bits), weight.shape[1]
     padded = F.pad(weight.detach(), (0, -K % group)).unflatten(1, (-1, group))
     q, scale = to_integers(padded, largest)

@@ -184,8 +184,8 @@ def bandwidth(
     """The fastest read of a large matrix, by a product with a vector or by a sum.
 
     Raises `ValueError` if there is nothing to read."""
-    if megabytes < 1:
-        raise ValueError(f"megabytes={megabytes!r} must be at least 1")
+    if type(megabytes) is not int or megabytes < 1:
+        raise ValueError(f"megabytes={megabytes!r} must be a whole number >= 1")
     # ones, not empty: memory that was never written is not there to be read
     matrix = torch.ones(megabytes * 10**6 // 4096, 1024, device=device)
     vector = torch.ones(1024, device=device)

@@ -82,6 +82,12 @@ def test_whole_vectors_do_not_depend_on_the_rows(function, width):
         assert torch.equal(in_whole_vectors(function, x[-M:].clone()), out[-M:])
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (0, 5), (3, 0)], ids=str)
+def test_a_single_number_and_none(shape):
+    x = torch.full(shape, 0.3)
+    torch.testing.assert_close(in_whole_vectors(torch.tanh, x), torch.tanh(x))
+
+
 @pytest.mark.parametrize("mask", [Causal(), SlidingWindow(5)])
 @pytest.mark.parametrize("heads", [4, 2, 1])
 @pytest.mark.parametrize("with_bias", [False, True])

@@ -13,8 +13,8 @@ from torch import nn
 from gptbook.checkpoints import load_model, save_model
 from gptbook.core import TRANSFORMS, GPTConfig, LossModel
 from gptbook.pruning import (
-    GradualPruning, Mask, all_but_smallest, cubic_sparsity, finalize, mask_of, prune, sparsity,
-    two_of_four,
+    GradualPruning, Mask, all_but_smallest, cubic_sparsity, finalize, mask_of, prune, set_mask,
+    sparsity, two_of_four,
 )
 from gptbook.qat import convert, prepare_qat
 from gptbook.runs import TrainConfig
@@ -301,7 +301,18 @@ def test_amounts_outside_are_refused(amount):
 REFUSALS = {
     "scope": (partial(prune, amount=0.5, scope="world"), "scope='world'"),
     "no masks": (finalize, "no linear carries a mask"),
+    "a word to keep": (partial(prune, amount=0.5, keep="fc_in"), "keep='fc_in': a tuple of"),
+    "no such linear": (partial(prune, amount=0.5, keep=("fc_inn",)), "keep='fc_inn'.*fc_in"),
 }
+
+
+@pytest.mark.parametrize("kept", [
+    torch.ones(3, 3, dtype=torch.bool), torch.ones(64, 64), torch.ones(64, dtype=torch.bool)])
+def test_what_is_no_mask_leaves_the_linear_as_it_was(kept):
+    linear = nn.Linear(64, 64)
+    with pytest.raises(ValueError, match=r"a mask of \(64, 64\) must be bool"):
+        set_mask(linear, kept)
+    assert type(linear) is nn.Linear and mask_of(linear) is None
 
 
 @pytest.mark.parametrize("name", REFUSALS)
@@ -322,6 +333,8 @@ def test_two_of_four_needs_fours():
     unchanged(model, before, [])
     with pytest.raises(ValueError, match="K=6"):
         two_of_four(torch.ones(2, 6))
+    with pytest.raises(ValueError, match="K=1"):
+        two_of_four(torch.tensor(1.0))
 
 
 def test_quantized_models_are_refused():

@@ -247,6 +247,15 @@ def test_freezing_needs_observers_that_have_seen_something():
     assert model.transforms[0][0] == "qat" and isinstance(model.head, FakeQuantLinear)
 
 
+def test_an_observer_that_would_never_move_or_never_freeze():
+    for memory in (1.0, 1.5, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="memory="):
+            Observer(memory)
+    for step in (0, -1, 2.5, None):
+        with pytest.raises(ValueError, match="step="):
+            freeze_after(step)
+
+
 # Whole models -------------------------------------------------------------------------
 RECIPES = {
     "gpt2": {}, "untied": dict(tied=False), "llama": dict(recipe="llama", n_kv_heads=1),

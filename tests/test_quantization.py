@@ -673,6 +673,14 @@ def test_bits_and_groups():
                                   , math.nan, weight))
 
 
+@pytest.mark.parametrize("call", [
+    lambda: quantize_rows(torch.empty(3, 0)), lambda: quantize_rows(torch.tensor(1.0)),
+    lambda: quantize_tokens(torch.empty(2, 0)), lambda: quantize_groups(torch.ones(8))])
+def test_nothing_to_round_is_said(call):
+    with pytest.raises(ValueError, match="no rows to round|are no matrix"):
+        call()
+
+
 @pytest.mark.parametrize("options", [
     {"scheme": "int3", "keep": []}, {"scheme": "int8", "keep": ["nothing"]},
     {"scheme": "int8", "keep": 3}, {"scheme": "int8", "keep": [[]]}, {"keep": []},

@@ -363,7 +363,7 @@ def test_bandwidth_is_a_speed(one_thread):
     assert 1e7 < found < 1e13
     slow = bandwidth(megabytes=1, seconds=0)
     assert slow > 0
-    for bad in (0, -1, 0.5):
+    for bad in (0, -1, 0.5, 1.5, math.nan, math.inf):
         with pytest.raises(ValueError, match="megabytes"):
             bandwidth(megabytes=bad)
 
