@@ -3,6 +3,7 @@
 R17: at least 50 bad calls a command, in-process through `main`, and three a command through
 a real process: exit 2, at most three lines, no traceback, nothing written."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -285,20 +286,64 @@ def test_help_has_examples(words, capsys):
 
 def test_every_example_in_help_is_a_call_that_parses():
     for name in commands.list_commands(click.Context(commands)):
-        text = command(name).help.replace("\\\n", " ")
-        lines = [line.strip() for line in text.splitlines() if line.strip().startswith("gptb")]
+        text = re.sub(r"\\\n\s*", " ", command(name).help)
+        lines = [re.split(" {4,}", line.strip())[0]  # a remark may stand behind a call
+                 for line in text.splitlines() if line.strip().startswith("gptb")]
         for line in (part.split(">")[0] for whole in lines for part in whole.split("|")):
             _, called, *words = shlex.split(line)
             command(called).make_context(called, words)  # raises if it is wrong
         assert lines, name
 
 
+LIGHT = ("import sys, types; package = types.ModuleType('gptbook'); "
+         f"package.__path__ = [{str(ROOT / 'gptbook')!r}]; sys.modules['gptbook'] = package\n"
+         "from gptbook.cli import main\n")  # an empty package: only the command's own imports
+
+
 def test_version_and_help_do_not_import_torch():
-    """Against an empty package module, so that only the command's own imports count."""
-    code = ("import sys, types; package = types.ModuleType('gptbook'); "
-            f"package.__path__ = [{str(ROOT / 'gptbook')!r}]; sys.modules['gptbook'] = package\n"
-            "from gptbook.cli import main\n"
-            "assert main(['train', '--help']) == main(['--version']) == 0\n"
-            "assert main(['train', '--preset', 'huge']) == 2\n"
-            "assert not {'torch', 'numpy', 'tiktoken'} & set(sys.modules)")
+    code = LIGHT + ("assert main(['train', '--help']) == main(['--version']) == 0\n"
+                    "assert main(['train', '--preset', 'huge']) == 2\n"
+                    "assert main(['generate', '--beams', '3', '--seed', '1']) == 2\n"
+                    "assert main(['--help']) == main(['chat', '--help']) == 0\n"
+                    "assert not {'torch', 'numpy', 'tiktoken'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_command_is_imported_when_it_is_typed():
+    code = LIGHT + ("assert main(['generate', '--help']) == 0\n"
+                    "held = {name for name in sys.modules if name.startswith('gptbook.cli')}\n"
+                    "assert held == {'gptbook.cli', 'gptbook.cli_generate'}, held\n"
+                    "assert main(['nonsense']) == 2 and main(['corpus', '--help']) == 0\n"
+                    "assert 'gptbook.cli_corpus' in sys.modules")
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_list_of_commands_has_each_with_a_line():
+    said = call("gptbook --help").out
+    for name in TABLE:
+        assert re.search(rf"^  {name} +\S.*[a-z]", said, re.M), name
+    assert [name for name in commands.list_commands(None)] == list(TABLE)
+    assert call("gptbook nonsense").code == 2
+
+
+def test_call_keeps_both_streams_and_the_code():
+    said = call("gptbook --version")
+    assert said.code == 0 and said.out == said.both and said.err == ""
+    bad = call("gptbook generate --temprature 1")
+    assert bad.code == 2 and bad.out == "" and bad.err == bad.both
+    assert repr(bad).startswith("$ gptbook generate") and repr(bad).endswith("[exit 2]")
+    assert "--temperature" in bad.err
+
+
+@pytest.mark.parametrize("kind, good, bad", [
+    (cli.Number(0), ["0", "1e3", "2.5"], ["nan", "inf", "-1", "x", ""]),
+    (cli.Number(0, 1, min_open=True), ["1", "1e-9"], ["0", "1.1", "nan"]),
+    (cli.Whole(1), ["1", str(2**63 - 1)], ["0", "1.5", str(2**63), "1e3"]),
+    (cli.Name(), ["a", " a"], ["", " ", "\t", "a\0b"]),
+])
+def test_types_say_no(kind, good, bad):
+    for text in good:
+        kind.convert(text, None, None)
+    for text in bad:
+        with pytest.raises(click.BadParameter):
+            kind.convert(text, None, None)
