@@ -169,7 +169,7 @@ def distances(values: np.ndarray, heat: float, number=0) -> np.ndarray:  # (B, M
         return np.subtract(peak, values, dtype=np.float64) / heat
 
 
-def cut(ids, values, weights, goal):  # ids, probabilities (B, M)
+def trimmed(ids, values, weights, goal):  # ids, probabilities (B, M)
     """Drop who is not needed for the goal (B, 1)."""
     kept = until(values, weights, goal)
     weights = np.where(kept, weights, 0)
@@ -183,11 +183,11 @@ def by_mass(rows: Tensor, number: int, heat: float, mass: float, few=256):
     weights = np.exp(-distance)
     goal = mass * weights.sum(1, keepdims=True)
     if rows.shape[1] <= SMALL:
-        return cut(np.arange(rows.shape[1]), logits, weights, goal)
+        return trimmed(np.arange(rows.shape[1]), logits, weights, goal)
     values, ids = strongest(rows, few)  # one row
     chosen = weights[:, ids[0]]
     if chosen.sum() >= goal[0]:
-        return cut(ids, values, chosen, goal)
+        return trimmed(ids, values, chosen, goal)
     ids = nucleus(logits[0], distance[0], weights[0], mass)
     return ids[None], weights[:, ids] / weights[0, ids].sum()
 
@@ -221,7 +221,7 @@ def among_k(rows: Tensor, k: int, heat: float, mass: float) -> tuple[Tensor, Ten
     weights = np.exp(-distances(values, heat))
     total = weights.sum(1, keepdims=True)
     if mass < 1:
-        ids, probs = cut(ids, values, weights, mass * total)
+        ids, probs = trimmed(ids, values, weights, mass * total)
     else:
         ids[values == -math.inf], probs = -1, weights / total
     return tuple(torch.from_numpy(x).to(rows.device) for x in (ids, probs))
