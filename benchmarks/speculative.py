@@ -123,9 +123,9 @@ def together(found: list) -> dict:
 
 
 def dial(model, length: int, rounds: int) -> dict:
-    """Speeds over the set probability of being right, k = 3: four tokens a reading."""
+    """Speeds over the set probability of being right, for four and eight tokens a reading."""
     V, figures = model.config.vocab_size, {}
-    decoder, prompt = Decoder(model, 1, 64 + length), torch.randint(V, (64,)).tolist()
+    decoder, prompt = Decoder(model, 1, 8 + length), torch.randint(V, (8,)).tolist()
     text = generate_text(decoder, prompt, length, temperature=0)[0]
     for k in (3, 7):
         figures[k] = {share: together([compare(decoder, prompt, length, Dial(text, share, k, V),
@@ -228,7 +228,7 @@ def main():
               "gpt2": random_model(GPTConfig())}
     curves = {name: curve(model, 100, 3 if quick else 15 if name == "gpt2" else 60)
               for name, model in tqdm(shapes.items(), "curves")}
-    figures = {"curve": curves, "dial": dial(shapes["gpt2"], 12 if quick else 40, 1)}
+    figures = {"curve": curves, "dial": dial(shapes["gpt2"], 12 if quick else 48, 1)}
     del shapes
     drafts = {"itself in 8 bits": ModelDraft(demo, 3, quantize="int8"),
               "itself in 4 bits": ModelDraft(demo, 3, quantize="int4"),

@@ -49,11 +49,11 @@ class Wrong(Draft):
 
 # The rule, exactly --------------------------------------------------------------------
 def boundary(holds) -> float:
-    """The largest number in [0, 1) for which a falling condition holds, to 2^-50; 0 if never."""
+    """The largest number in [0, 1) for which a falling condition holds, to 2^-44; 0 if never."""
     low, high = 0.0, 1.0
     if not holds(0.0):
         return 0.0
-    for _ in range(50):
+    for _ in range(44):
         middle = (low + high) / 2
         low, high = (middle, high) if holds(middle) else (low, middle)
     return high
@@ -143,7 +143,7 @@ def test_frequencies_with_random_numbers(rule, right):
     """The implementation drawn from: guesses of the draft too."""
     p = torch.tensor([0.35, 0.3, 0.2, 0.1, 0.05], dtype=torch.double)
     q = torch.tensor([0.1, 0.5, 0.1, 0.05, 0.25], dtype=torch.double)
-    n, random = 5_000, torch.Generator().manual_seed(5)
+    n, random = 3_000, torch.Generator().manual_seed(5)
     guesses = torch.multinomial(q, n, replacement=True, generator=random).tolist()
     luck = torch.rand(n, 2, 2, generator=random, dtype=torch.double)
     rows, draft = torch.stack((p, p)), q[None]
@@ -171,23 +171,24 @@ def test_frequencies_of_the_loop_with_a_real_draft(settings, monkeypatch):
         ids, probs = candidates(model(torch.tensor([prompt]))[:, -1], *settings)
     p = torch.zeros(12, dtype=torch.double)
     p[ids[ids >= 0]] = probs[ids >= 0].double()
-    decoder, draft, n = Decoder(model, 1), ModelDraft(other, 1), 1000
+    decoder, draft, n = Decoder(model, 1), ModelDraft(other, 1), 500
     chi2, limit = chi_squared(draws(decoder, draft, prompt, n, settings), p, n)
     assert chi2 < limit, (chi2, limit)
     if settings[1]:
         return
-    monkeypatch.setattr(module, "residual", lambda p, q: p)
+    monkeypatch.setattr(module, "verify", lambda p, q, ids, luck: verify(
+        p, q, ids, torch.stack((0 * luck[0], luck[1]))))
     chi2, limit = chi_squared(draws(decoder, draft, prompt, n, settings), p, n)
-    assert chi2 > limit, "the control: resampling from p passed"
+    assert chi2 > limit, "the control: a rule that accepts all that can be passed"
 
 
 def test_a_hundred_thousand_draws_from_a_real_draft():
-    """The stories model, with itself in 4 bits and warmer as the draft."""
+    """The stories model, with itself in 4 bits and cooler as the draft."""
     model, tokenizer = load_demo()
-    ids = torch.tensor([[tokenizer.end_of_text, *tokenizer.encode("Once upon a time there was")]])
+    ids = torch.tensor([[tokenizer.end_of_text, *tokenizer.encode("The cat sat on the mat. It was")]])
     with torch.no_grad():
         p = model(ids)[0, -1].double().softmax(0)
-        q = (Decoder(model, quantize="int4").read(ids)[0].double() / 1.3).softmax(0)
+        q = (Decoder(model, quantize="int4").read(ids)[0].double() / 0.3).softmax(0)
     n, random = 100_000, torch.Generator().manual_seed(11)
     guesses = torch.multinomial(q, n, replacement=True, generator=random)
     luck = torch.rand(2, n, generator=random, dtype=torch.double)
@@ -225,7 +226,7 @@ def test_a_later_refusal_keeps_what_came_before():
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("recipe", RECIPE)
 def test_greedy_text_is_plain_text(recipe, deterministic):
-    model, other = make(recipe), make(recipe, seed=4, n_layers=1)
+    model, other = make(recipe), make(seed=4, n_layers=1)
     prompt, options = [5, 6, 7, 5, 6], dict(deterministic=deterministic)
     length = 45 if model.max_positions is None or model.max_positions >= 50 else 40
     plain = generate_text(model, prompt, length, 0, **options)
@@ -257,9 +258,9 @@ def test_the_check_sees_a_cache_that_keeps_refused_tokens():
             pass
 
     model, prompt = make(), [5, 6, 7]
-    plain = generate_text(model, prompt, 30, 0)
-    assert speculative_text(Decoder(model, 1, 60), prompt, 30, 0, draft=Wrong(plain[0])) == plain
-    assert speculative_text(Forgetful(model, 1), prompt, 30, 0, draft=Wrong(plain[0])) != plain
+    plain = generate_text(model, prompt, 12, 0)
+    assert speculative_text(Decoder(model, 1, 60), prompt, 12, 0, draft=Wrong(plain[0])) == plain
+    assert speculative_text(Forgetful(model, 1), prompt, 12, 0, draft=Wrong(plain[0])) != plain
 
 
 @pytest.mark.parametrize("settings", [(1.0, None, None), (0.7, 5, None), (1.2, None, 0.8)])
