@@ -49,7 +49,8 @@ def penalise(row: Tensor, text, new, s) -> None:  # row (V,) changes
     if s.repetition_penalty != 1 and text:
         ids = tensor(sorted(set(text)))  # each token once, however often it occurs
         x = row[ids]
-        row[ids] = torch.where(x < 0, x * s.repetition_penalty, x / s.repetition_penalty)
+        theta = s.repetition_penalty
+        row[ids] = torch.where(x < 0, x * theta, x / theta)
     if (s.presence_penalty or s.frequency_penalty) and new:
         ids, counts = zip(*Counter(new).items())
         less = tensor(counts) * s.frequency_penalty + s.presence_penalty
@@ -99,17 +100,17 @@ def adjusted(s, logits: Tensor, texts, step: int) -> Tensor:  # (B, V), at least
 
 # %% ../nbs/06_combined_sampler.ipynb #combchec
 def check_sampler(s) -> None:
-    """Raise `ValueError` for a setting that a `Sampler` cannot have; names its value."""
+    """Raise `ValueError` that names a setting which a `Sampler` cannot have."""
     check_sampling(s.temperature, s.top_k, s.top_p)
     finite = lambda x: is_number(x) and abs(x) < math.inf
     share = lambda x: x is None or is_number(x) and 0 <= x <= 1
     id_ = lambda x: is_whole(x) and x >= 0
-    n, pairs = s.no_repeat_ngram, s.forced.items()
+    n, theta, pairs = s.no_repeat_ngram, s.repetition_penalty, s.forced.items()
     rules = {
         "min_p": (share(s.min_p), "lie in [0, 1]; 0 or None keeps all"),
         "typical_p": (share(s.typical_p) and s.typical_p != 0,
                       "lie in (0, 1]; 1 or None keeps all"),
-        "repetition_penalty": (finite(s.repetition_penalty) and s.repetition_penalty > 0,
+        "repetition_penalty": (finite(theta) and theta > 0,
                                "be a number > 0; 1 changes nothing"),
         "presence_penalty": (finite(s.presence_penalty), "be a finite number"),
         "frequency_penalty": (finite(s.frequency_penalty), "be a finite number"),
@@ -170,7 +171,7 @@ def narrowed(ids, logits, s) -> tuple[np.ndarray, np.ndarray]:  # ids, weights
 
 # %% ../nbs/06_combined_sampler.ipynb #combsamp
 class Sampler(SamplerSettings):
-    """Draws a token a row: penalties, bans, forced tokens, temperature, then the cuts."""
+    """Draws a token a row: penalties, bans, forced, temperature, then the cuts."""
 
     def adjust(self, logits: Tensor, texts=None, step: int = 0) -> Tensor:
         """All that comes before the temperature, of logits (B, V); they never change.
@@ -180,9 +181,9 @@ class Sampler(SamplerSettings):
         return logits if idle else adjusted(self, check_logits(logits), texts, step)
 
     def candidates(self, logits, texts=None, step=0) -> tuple[Tensor, Tensor]:
-        """Ids and probabilities, both (B, M), as `gptbook.sampling.candidates` has them.
+        """Ids and probabilities, both (B, M), as in `gptbook.sampling`.
 
-        Raises `ValueError` for logits that define no distribution, or if all is banned."""
+        Raises `ValueError` for logits that define no distribution or ban all."""
         rows = self.adjust(logit_rows(logits), texts, step)
         ids, probs = candidates(rows, self.temperature, self.top_k, self.top_p)
         if not self.temperature or not self.min_p and self.typical_p in (None, 1):

@@ -74,7 +74,7 @@ def check_logits(logits: Tensor) -> Tensor:  # (B, V), float32 or float64
 # %% ../nbs/06_choosing_a_token.ipynb #1aae2191
 @lru_cache
 def table_width(n: int) -> int:
-    """Columns of a table that holds n numbers exactly; n if there is none of a good size."""
+    """Columns of a table that n numbers fill; n if there is none of a good size."""
     return next((w for w in range(1024, 2048) if n % w == 0), n)
 
 
@@ -100,7 +100,7 @@ def finals(logits: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
     rows = zip(*(tournament(row, width, k) for row in logits))
     return tuple(np.stack(x) for x in rows)
 
-
+# %% ../nbs/06_choosing_a_token.ipynb #samp0038
 def first_of(row: np.ndarray, cut: float, k: int) -> np.ndarray:
     """Ids of the k largest of a row (V,), given the k-th; of equal ones the lower."""
     above = np.flatnonzero(row > cut)
@@ -371,7 +371,7 @@ def sampling_view(
     title: str = "",  # the finding, as a sentence
     n_bars: int = 16,  # how many tokens get a bar
 ):  # -> gptbook.figures.Display
-    """A distribution with sliders for temperature, k, p and min-p, as self-contained HTML."""
+    """A distribution with sliders for four knobs, as self-contained HTML."""
     from gptbook.figures import Display
 
     values, ids = largest(check_logits(logits), min(logits.numel(), 8192))
