@@ -98,7 +98,7 @@ def finals(logits: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
     if logits.device.type != "cpu" or width == logits.shape[1] or 2 * k > width:
         return tuple(map(array, logits.topk(k)))
     rows = zip(*(tournament(row, width, k) for row in logits))
-    return tuple(np.stack(x) for x in rows)
+    return tuple(x[0][None] if len(x) == 1 else np.stack(x) for x in rows)
 
 # %% ../nbs/06_choosing_a_token.ipynb #samp0038
 def first_of(row: np.ndarray, cut: float, k: int) -> np.ndarray:
