@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from gptbook.cli import (
-    SCHEMES, SEED, LongCommand, Name, Number, Whole, load_checkpoint, with_options,
+    ROUNDINGS, SEED, LongCommand, Name, Number, Whole, load_checkpoint, with_options,
 )
 
 # %% ../nbs/11e_chat_command.ipynb #chat0009
@@ -100,7 +100,7 @@ CHAT_OPTIONS = [
                  help="As in gptbook generate."),
     click.option("--device", type=Name(), metavar="NAME",
                  help="cpu, cuda, cuda:1 or mps.  [default: the best there is]"),
-    click.option("--quantize", type=click.Choice(SCHEMES), help="Round the weights."),
+    click.option("--quantize", type=click.Choice(ROUNDINGS), help="Round the weights."),
     click.option("--system", metavar="TEXT", help="What the model is told before all; "
                  "'' for nothing.  [default: the model's own]"),
     click.option("--transcript", type=Name(), metavar="FILE",

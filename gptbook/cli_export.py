@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from .cli import SCHEMES, Command, Name, is_foreign, load_foreign
+from .cli import ROUNDINGS, Command, Name, is_foreign, load_foreign
 
 # %% ../nbs/11d_export_command.ipynb #expochck
 def check_target(source: Path, target: Path, ending: str, force: bool) -> None:
@@ -59,7 +59,7 @@ def write_format(source: Path, target: Path, to: str, foreign: bool,
               required=True, help="The format to write; transformers' is a folder.")
 @click.option("--out", type=Name(), metavar="FILE",
               help="What to write.  [default: the same name with the new ending]")
-@click.option("--quantize", type=click.Choice(SCHEMES),
+@click.option("--quantize", type=click.Choice(ROUNDINGS),
               help="Round the weights first; with --to safetensors.")
 @click.option("--force", is_flag=True, help="Replace a file that is there.")
 def export_command(checkpoint, to, out, quantize, force):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROMPT_OPTIONS', 'PENALTY', 'SAMPLER_OPTIONS', 'OUTPUT_OPTIONS', 'GENERATE_OPTIONS', 'HEADINGS', 'DRAWING', 'CLASHES',
-           'NEEDS', 'AT_ONCE', 'read_file', 'prompts_from', 'flag', 'check_together', 'Row', 'pattern_of',
+           'NEEDS', 'AT_ONCE', 'read_file', 'prompts_from', 'flag', 'check_together', 'Row', 'wanted_pattern',
            'constraint_of', 'Task', 'sampler_of', 'draw_steps', 'search_steps', 'look_ahead', 'pieces', 'batches',
-           'Progress', 'print_stream', 'print_texts', 'json_line', 'generate_command', 'introduce']
+           'WaitLine', 'print_stream', 'print_texts', 'json_line', 'generate_command', 'introduce']
 
 # %% ../nbs/11a_generate_command.ipynb #gene0003
 import json
@@ -21,7 +21,7 @@ from itertools import chain
 import click
 
 from gptbook.cli import (
-    SCHEMES, SEED, LongCommand, Name, Number, Whole, load_checkpoint, with_options,
+    ROUNDINGS, SEED, LongCommand, Name, Number, Whole, load_checkpoint, with_options,
 )
 
 # %% ../nbs/11a_generate_command.ipynb #genpromp
@@ -57,7 +57,7 @@ PROMPT_OPTIONS = [
                       "folder, or smollm2.  [default: the one that comes along]"),
     click.option("--device", type=Name(), metavar="NAME",
                  help="cpu, cuda, cuda:1 or mps.  [default: the best there is]"),
-    click.option("--quantize", type=click.Choice(SCHEMES),
+    click.option("--quantize", type=click.Choice(ROUNDINGS),
                  help="Round the weights first: fewer bytes, more tokens a second."),
     click.option("--prompt", default="", metavar="TEXT", show_default=False,
                  help="How the text begins; without, the model begins by itself."),
@@ -195,7 +195,7 @@ class Row:
         return piece
 
 # %% ../nbs/11a_generate_command.ipynb #gene0con
-def pattern_of(settings: dict) -> str | None:
+def wanted_pattern(settings: dict) -> str | None:
     """The pattern that the text must match, if there is one."""
     if settings["json_schema"] is None:
         return settings["regex"]
@@ -349,7 +349,7 @@ def batches(task: Task, rows: list[Row]) -> Iterator[tuple[list[Row], Iterator]]
         yield batch, pieces(batch, way(task, batch))
 
 # %% ../nbs/11a_generate_command.ipynb #geneprog
-class Progress:
+class WaitLine:
     """A line on a terminal that says how far it is, from the third second on."""
 
     def __init__(self, total: int):
@@ -379,7 +379,7 @@ def print_stream(row: Row, steps: Iterator) -> None:
 
 def print_texts(task: Task, rows: list[Row], work: Iterator) -> None:
     """Print texts when their batch is finished: blank lines between, or as JSON."""
-    progress, done, as_json = Progress(len(rows)), 0, task.settings["as_json"]
+    progress, done, as_json = WaitLine(len(rows)), 0, task.settings["as_json"]
     for batch, steps in work:
         started = time.perf_counter()
         for _ in steps:
@@ -430,7 +430,7 @@ def generate_command(ctx, checkpoint, device, **settings):
     from gptbook.core import pick_device
 
     loaded = load_checkpoint(checkpoint, pick_device(device))
-    task = Task(loaded, settings, pattern_of(settings))
+    task = Task(loaded, settings, wanted_pattern(settings))
     rows = task.rows(prompts)
     work = batches(task, rows)
     first = next(work)  # what cannot be done is said here, before anything else

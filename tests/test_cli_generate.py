@@ -20,7 +20,7 @@ from gptbook import cli
 from gptbook.beam import beam_search
 from gptbook.checkpoints import export_pt, load_model, save_model
 from gptbook.cli import call
-from gptbook.cli_generate import CLASHES, GENERATE_OPTIONS, NEEDS, Progress, flag
+from gptbook.cli_generate import CLASHES, GENERATE_OPTIONS, NEEDS, WaitLine, flag
 from gptbook.constrained import Constraint
 from gptbook.generation import generate_text, new_text, prompt_ids
 from gptbook.sampler import Sampler
@@ -376,7 +376,7 @@ class Terminal(io.StringIO):
                                               (io.StringIO, 3, False)])
 def test_progress_is_for_terminals_and_patience(monkeypatch, kind, age, shown):
     monkeypatch.setattr(sys, "stderr", kind())
-    progress = Progress(7)
+    progress = WaitLine(7)
     progress.started = time.perf_counter() - age
     progress.tell(2, 300)
     progress.clear()
