@@ -110,7 +110,7 @@ def attention_layers(model: GPTModel, layers: Sequence[int] | None = None) -> li
         raise ValueError(f"{what}: the layers with attention are {there}")
     return sorted(set(chosen))
 
-
+# %% ../nbs/05_attention.ipynb #attn0016
 @contextmanager
 def capture_attention(
     model: GPTModel,
@@ -132,7 +132,7 @@ def capture_attention(
         for part, kernel in zip(parts, kernels):
             part.kernel = kernel
 
-# %% ../nbs/05_attention.ipynb #attn0031
+# %% ../nbs/05_attention.ipynb #attn0032
 def by_position(
     captured: Captured,
     layer: int,

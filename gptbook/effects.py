@@ -73,7 +73,7 @@ def check_heads(model: GPTModel, heads: Sequence[tuple[int, int]]) -> dict:
         found.setdefault(layer, []).append(head)
     return found
 
-
+# %% ../nbs/05c_effects.ipynb #effe0012
 @contextmanager
 def without_heads(
     model: GPTModel,
@@ -103,7 +103,7 @@ def without_heads(
     with edit_heads(model, edit, list(chosen)):
         yield
 
-
+# %% ../nbs/05c_effects.ipynb #effe0013
 def mean_of_heads(model: GPTModel, batches: Sequence[Tensor]) -> dict[int, Tensor]:
     """What each head writes on average over texts (B, T) of ids: layer -> (H, D)."""
     sums, n = {}, 0
@@ -115,14 +115,14 @@ def mean_of_heads(model: GPTModel, batches: Sequence[Tensor]) -> dict[int, Tenso
             sums[layer] = sums.get(layer, 0) + out.double().sum((0, 2))
     return {layer: (total / n).float() for layer, total in sums.items()}
 
-# %% ../nbs/05c_effects.ipynb #effe0018
+# %% ../nbs/05c_effects.ipynb #effe0020
 @torch.no_grad()
 def losses_at(model: GPTModel, ids: Tensor) -> Tensor:  # (B, T) -> (B, T - 1)
     """The loss of each token after the first, in nats."""
     log_p = model.eval()(ids[:, :-1]).float().log_softmax(-1)
     return -log_p.gather(2, ids[:, 1:, None])[..., 0]
 
-# %% ../nbs/05c_effects.ipynb #effe0027
+# %% ../nbs/05c_effects.ipynb #effe0029
 @torch.no_grad()
 def patch_effects(
     model: GPTModel,

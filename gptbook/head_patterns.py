@@ -122,7 +122,7 @@ def asked_of(told: Story) -> list[tuple]:  # (name, (start, end), is_right, of n
                       x.start < b and x.end > a, False))
     return asked
 
-
+# %% ../nbs/05b_head_patterns.ipynb #patt0018
 def relations(
     told: Story,
     tokenizer,
@@ -143,7 +143,7 @@ def relations(
             found[name].append(Relation(query, places, right))
     return [tokenizer.end_of_text, *ids], found
 
-# %% ../nbs/05b_head_patterns.ipynb #patt0020
+# %% ../nbs/05b_head_patterns.ipynb #patt0021
 def answers(
     weights: Tensor,     # (L, H, T, T)
     relation: Relation,
@@ -154,7 +154,7 @@ def answers(
     mass = torch.stack([row[..., tokens].sum(-1) for tokens in relation.places])
     return torch.tensor(relation.right, device=row.device)[mass.argmax(0)]
 
-# %% ../nbs/05b_head_patterns.ipynb #patt0028
+# %% ../nbs/05b_head_patterns.ipynb #patt0029
 def words_of(tokenizer, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
     """The words of a text, each with its tokens; punctuation stands by itself."""
     special = tokenizer.end_of_text
@@ -169,8 +169,8 @@ def words_of(tokenizer, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
 
 REFERRING = set("he she it they him her them his hers its their theirs himself herself "
                 "itself themselves".split())
-PLAIN = {*REFERRING, *("a an the and or but so of to in on at by for with from was were "
-         "is are had has have did do as that this not").split()}
+PLAIN = {*REFERRING, *("a an the and or but so of to in on at by for with from was "
+                       "were is are had has have did do as that this not").split()}
 
 
 def relation_name(query: str, key: str, distance: int) -> str:
@@ -185,7 +185,7 @@ def relation_name(query: str, key: str, distance: int) -> str:
         return "coreference"
     return "the word before" if distance == 1 else ""
 
-# %% ../nbs/05b_head_patterns.ipynb #patt0029
+# %% ../nbs/05b_head_patterns.ipynb #patt0030
 def word_attention(weights: Tensor, words: list) -> Tensor:  # (W, W), of (T, T)
     """From the last token of each word, to all tokens of each word."""
     rows = weights[[tokens[-1] for _, tokens in words]]  # (W, T)
@@ -219,7 +219,7 @@ def attention_report(
                 lines.append(f"{said}  # {name}" if name else said)
     return "\n".join(lines)
 
-# %% ../nbs/05b_head_patterns.ipynb #patt0032
+# %% ../nbs/05b_head_patterns.ipynb #patt0033
 def attention_warnings(
     weights: Tensor,     # (L, H, T, T)
     ids: Sequence[int],

@@ -283,6 +283,11 @@ class KVCache(AppendCache):
         """Keep at most the first `length` tokens, of all rows or of each (B,).
 
         Raises `ValueError` if a ring has already overwritten what would be needed."""
+        filled, whole = self._filled, type(length) is int and length >= 0
+        if whole and filled.rows is None and filled.reach <= min(self.sizes):
+            n = min(filled.length, length)  # the common case, without a tensor
+            self._filled, self._step = Filled(n, n), None
+            return
         asked = torch.as_tensor(length, device=self.device)
         old, reach = per_row(self._filled, self.batch or 1, self.device)
         fits = asked.shape in ((), old.shape) and asked.dtype == torch.long
