@@ -1545,4 +1545,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'gptbook.training.take_step': ('training.html#take_step', 'gptbook/training.py'),
                                   'gptbook.training.train': ('training.html#train', 'gptbook/training.py'),
                                   'gptbook.training.update': ('training.html#update', 'gptbook/training.py'),
-                                  'gptbook.training.validate': ('training.html#validate', 'gptbook/training.py')}}}
+                                  'gptbook.training.validate': ('training.html#validate', 'gptbook/training.py')},
+            'gptbook.winograd': { 'gptbook.winograd.Schema': ('a_real_model.html#schema', 'gptbook/winograd.py'),
+                                  'gptbook.winograd.head_shift': ('a_real_model.html#head_shift', 'gptbook/winograd.py'),
+                                  'gptbook.winograd.knows': ('a_real_model.html#knows', 'gptbook/winograd.py'),
+                                  'gptbook.winograd.last_word_log_prob': ('a_real_model.html#last_word_log_prob', 'gptbook/winograd.py')}}}

@@ -170,7 +170,8 @@ def words_of(tokenizer, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
 REFERRING = set("he she it they him her them his hers its their theirs himself herself "
                 "itself themselves".split())
 PLAIN = {*REFERRING, *("a an the and or but so of to in on at by for with from was "
-                       "were is are had has have did do as that this not").split()}
+                       "were is are had has have did do as that this not "
+                       "because until while when then if than too very").split()}
 
 
 def relation_name(query: str, key: str, distance: int) -> str:
