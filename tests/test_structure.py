@@ -217,6 +217,28 @@ def limits(root: Path) -> list[str]:
     return wrong
 
 
+def never_run(root: Path) -> list[str]:
+    """Pages whose cells end in something to show, and which show nothing: stored unrun."""
+    wrong = []
+    for page, cells in notebooks(root).items():
+        shown = []
+        for cell in cells:
+            text = source(cell)
+            apart = re.search(r"^#\s*\|\s*(export|exporti|eval|cuda|slow|network|hide)", text, re.M)
+            if cell["cell_type"] != "code" or apart or text.rstrip().endswith(";"):
+                continue
+            try:
+                body = ast.parse(text).body
+            except SyntaxError:  # a magic
+                continue
+            if body and isinstance(body[-1], ast.Expr):
+                shown.append(bool(cell["outputs"]))
+        if len(shown) >= 4 and sum(shown) < len(shown) / 2:
+            wrong.append(f"{page}: {len(shown) - sum(shown)} of {len(shown)} cells show nothing: "
+                         "run the page before it is stored")
+    return wrong
+
+
 def exercises(root: Path) -> list[str]:
     """Three to five exercises a page, each a stub, a solution and a check that says what is
     wrong."""
@@ -274,8 +296,8 @@ def outside_toc(root: Path) -> list[str]:
 
 
 CHECKS = (import_order, orphans, exported_twice, missing_docstrings, star_imports, pickles,
-          network_at_import, local_paths, unclean, limits, exercises, results, missing_files,
-          outside_toc)
+          network_at_import, local_paths, unclean, limits, never_run, exercises, results,
+          missing_files, outside_toc)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -422,6 +444,16 @@ def test_limits_are_seen(tree, cells, what):
     assert what in limits(tree.root)[0]
     tree.page("00_core", [prose("# Title")])
     assert len(limits(tree.root)) == 3
+
+
+def test_pages_that_were_never_run_are_seen(tree):
+    cells = [code(f"x + {i}") for i in range(5)]
+    tree.page("00_core", [*good_cells("core"), *cells])
+    assert never_run(tree.root) == [
+        "00_core: 5 of 5 cells show nothing: run the page before it is stored"]
+    ran = [{**cell, "outputs": [{"output_type": "stream"}]} for cell in cells[:3]]
+    tree.page("00_core", [*good_cells("core"), *ran, *cells[3:]])
+    assert never_run(tree.root) == []
 
 
 def test_exercises_without_their_cells_are_seen(tree):
