@@ -109,7 +109,7 @@ CHAT_OPTIONS = [
                  metavar="TOKENS", help="The most tokens of a reply."),
     click.option("--context", default=2048, type=click.IntRange(16, 10**6),
                  metavar="TOKENS", help="How much of the conversation the model sees."),
-    click.option("--temperature", default=0.7, type=Number(0), metavar="NUMBER",
+    click.option("--temperature", default=0.2, type=Number(0), metavar="NUMBER",
                  help="0 is greedy."),
     click.option("--top-k", type=Whole(1), metavar="TOKENS",
                  help="Draw among so many.  [default: all]"),

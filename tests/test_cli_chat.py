@@ -20,7 +20,7 @@ LINE = "gptbook chat --checkpoint best_model.safetensors --seed 3 --length 4"
 
 def conversation(**options):
     loaded = load_model("best_model.safetensors")
-    options = {"seed": 3, "length": 4, "sampler": Sampler(temperature=0.7, top_p=0.9), **options}
+    options = {"seed": 3, "length": 4, "sampler": Sampler(temperature=0.2, top_p=0.9), **options}
     return Chat(loaded.model, loaded.tokenizer, **options)
 
 
