@@ -58,20 +58,22 @@ def induction_scores(
     n: int = 40,      # random tokens, told twice
     rows: int = 8,
     seed: int = 0,
+    start: int | None = None,  # a token before each row, if the model knows its texts so
 ) -> Tensor:          # (L, H), between 0 and 1
     """Attention from the second copy of a random row to the token that comes next.
 
     Olsson et al. 2022. The level of an even head is about 2 / (3 n)."""
-    limit = model.max_positions
-    if limit is not None and 2 * n > limit:
+    limit, first = model.max_positions, start is not None
+    if limit is not None and first + 2 * n > limit:
         raise ValueError(f"two copies of {n} tokens do not fit the model's {limit} "
                          f"positions")
     source = torch.Generator().manual_seed(seed)
     ids = torch.randint(model.config.vocab_size, (rows, n), generator=source)
     device = next(model.parameters()).device
+    ids = torch.cat([ids.new_full((rows, first), start or 0), ids, ids], 1)
     with torch.no_grad(), capture_attention(model) as captured:
-        model.eval()(ids.repeat(1, 2).to(device))
-    q = torch.arange(n, 2 * n)
+        model.eval()(ids.to(device))
+    q = torch.arange(n, 2 * n) + first
     return torch.stack([w[:, :, q, q - n + 1].mean((0, 2)).cpu()
                         for w in captured.weights.values()])
 

@@ -76,6 +76,18 @@ def test_induction_of_a_model_that_looks_there():
     torch.testing.assert_close(plain, torch.full((2, 2), even), atol=0.01, rtol=0)
     with pytest.raises(ValueError, match="do not fit the model's 100"):
         induction_scores(looking, 51)
+    assert induction_scores(looking, 20, start=7).min() > 0.99
+    with pytest.raises(ValueError, match="do not fit the model's 100"):
+        induction_scores(looking, 50, start=7)
+
+
+def test_the_start_token_stands_before_each_row(monkeypatch):
+    seen = []
+    model = GPTModel(GPTConfig(50, 100, 16, 2, 2))
+    model.tok_emb.register_forward_hook(lambda module, args, out: seen.append(args[0].clone()))
+    plain, started = induction_scores(model, 9, rows=3), induction_scores(model, 9, rows=3, start=7)
+    assert (seen[1][:, 0] == 7).all() and torch.equal(seen[1][:, 1:], seen[0])
+    assert torch.equal(seen[0][:, :9], seen[0][:, 9:]) and plain.shape == started.shape == (2, 2)
 
 
 # --- questions with a right answer ---------------------------------------------------------------
