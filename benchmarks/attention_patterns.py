@@ -4,8 +4,10 @@
 
 For each relation and each place to ask (at the token, one before): the head that does best on the
 even stories, its share of right choices on the odd ones with a 95 % bootstrap over stories, beside
-an even guess, the nearest place, the best fixed place (the second, the last but one, ...; chosen
-like the head), and the same questions with answers dealt out anew. And the of random rows told twice.
+an even guess, the nearest place, the nearest name (a place with a capital letter), the best fixed
+place (the second, the last but one, ...; chosen like the head), and the same questions with answers
+dealt out anew; all of it once more for the questions where the nearest name is wrong. And the
+induction scores of random rows told twice.
 """
 import argparse
 import random
@@ -32,8 +34,15 @@ def dealt(relation, source):
     return relation._replace(right=right)
 
 
+def nearest_name(relation, ids, tokenizer) -> bool:
+    """Is the nearest place with a capital letter right, or the nearest of all if none has one?"""
+    words = [tokenizer.decode([ids[tokens[0]]]).strip() for tokens in relation.places]
+    names = [right for word, right in zip(words, relation.right) if word[:1].isupper()]
+    return (names or relation.right)[-1]
+
+
 def collect(model, tokenizer, n) -> dict:
-    """(relation, when) -> a list of (story, (heads,) right, the same when dealt, chance, nearest)."""
+    """(relation, when) -> (story, (heads,) right, the same when dealt, chance, name, right)."""
     found = {(name, when): [] for name in RELATIONS for when in WHEN}
     source = random.Random(0)
     for i in trange(n, unit="story"):
@@ -45,12 +54,12 @@ def collect(model, tokenizer, n) -> dict:
         weights = torch.stack([w[0] for w in captured.weights.values()])
         for name, questions in asked.items():
             for r in questions:
-                other = dealt(r, source)
+                other, name_right = dealt(r, source), nearest_name(r, ids, tokenizer)
                 for when, earlier in WHEN.items():
                     found[name, when].append((
                         i, answers(weights, r, earlier).flatten().numpy(),
                         answers(weights, other, earlier).flatten().numpy(),
-                        fmean(r.right), r.right))
+                        fmean(r.right), name_right, r.right))
     return found
 
 
@@ -68,11 +77,12 @@ def at_rank(questions, rank) -> float:
                  for *_, right in questions)
 
 
-def judge(questions, n_heads) -> dict:
-    """The best head of the even stories on the odd ones."""
+def judge(questions, n_heads, best=None) -> dict:
+    """The best head of the even stories, or a given one, on the odd ones."""
     even = [q for q in questions if q[0] % 2 == 0]
     odd = [q for q in questions if q[0] % 2]
-    best = int(np.mean([q[1] for q in even], 0).argmax())
+    if best is None:
+        best = int(np.mean([q[1] for q in even], 0).argmax())
     rank = max(range(-6, 6), key=lambda k: at_rank(even, k))
     by_story = {}
     for i, right, *_ in odd:
@@ -84,11 +94,21 @@ def judge(questions, n_heads) -> dict:
         "interval": bootstrap(by_story),
         "shuffled": round(fmean(float(q[2][best]) for q in odd), 4),
         "chance": round(fmean(q[3] for q in odd), 4),
-        "nearest": round(at_rank(odd, -1), 4), "fixed": round(at_rank(odd, rank), 4),
+        "nearest": round(at_rank(odd, -1), 4),
+        "nearest name": round(fmean(q[4] for q in odd), 4), "fixed": round(at_rank(odd, rank), 4),
         "fixed rank": rank,
         "on the half that chose it": round(fmean(float(q[1][best]) for q in even), 4),
         "all heads": np.mean([q[1] for q in odd], 0).round(3).tolist(),
     }
+
+
+def judge_twice(questions, n_heads) -> dict:
+    """All questions, and the same head where the nearest name is wrong."""
+    found = judge(questions, n_heads)
+    layer, head = map(int, found["head"].split("."))
+    hard = [q for q in questions if not q[4]]
+    return {**found, "where the nearest name is wrong":
+            judge(hard, n_heads, layer * n_heads + head)}
 
 
 def main():
@@ -99,7 +119,7 @@ def main():
     torch.set_grad_enabled(False)
     model, tokenizer = load_demo()
     found = collect(model, tokenizer, 40 if options.quick else options.stories)
-    by_name = {name: {when: judge(found[name, when], model.config.n_heads) for when in WHEN}
+    by_name = {name: {when: judge_twice(found[name, when], model.config.n_heads) for when in WHEN}
                for name in RELATIONS}
     scores = induction_scores(model, 40, rows=32)
     figures = {"stories": options.stories, "relations": by_name,

@@ -25,7 +25,7 @@ def attention_weights(
     mask: Callable,
     bias: Callable | None = None,
 ) -> Tensor:  # (B, H, Tq, Tk), float32
-    """How the queries share out their attention (Vaswani et al. 2017, §3.2.1).
+    """How queries share out attention, before dropout (Vaswani et al. 2017, §3.2.1).
 
     Rows sum to 1; the row of a query that sees nothing, as padding, is 0."""
     groups = q.unflatten(1, (k.shape[1], -1)).float()  # (B, K, H / K, Tq, D)

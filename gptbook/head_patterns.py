@@ -23,7 +23,7 @@ from .stories import Story, subjects
 # %% ../nbs/05b_head_patterns.ipynb #patt0009
 def habits(ids: Sequence[int]) -> dict[str, Tensor]:  # name -> (T, T) bool
     """Where each habit would look, from each token of a text."""
-    at, ids = torch.arange(len(ids)), torch.as_tensor(ids)
+    at, ids = torch.arange(len(ids)), torch.as_tensor(ids).cpu()
     q, k = at[:, None], at[None]
     same = (ids[:, None] == ids[None]) & (k < q)
     after = torch.zeros_like(same)
@@ -38,7 +38,7 @@ def pattern_scores(
 ) -> dict[str, Tensor]:  # name -> (...), between 0 and 1; NaN: nowhere to look
     """Share of attention on each habit, and how even it is, for every head."""
     late = torch.arange(len(ids)) > 1  # before that, habits coincide
-    found = {}
+    found, weights = {}, weights.cpu()
     for name, table in habits(ids).items():
         asked = table.any(-1) & late
         found[name] = (weights * table).sum(-1)[..., asked].mean(-1)
@@ -69,10 +69,13 @@ def induction_scores(
                          f"positions")
     source = torch.Generator().manual_seed(seed)
     ids = torch.randint(model.config.vocab_size, (rows, n), generator=source)
-    device = next(model.parameters()).device
+    device, mode = next(model.parameters()).device, model.training
     ids = torch.cat([ids.new_full((rows, first), start or 0), ids, ids], 1)
-    with torch.no_grad(), capture_attention(model) as captured:
-        model.eval()(ids.to(device))
+    try:
+        with torch.no_grad(), capture_attention(model) as captured:
+            model.eval()(ids.to(device))
+    finally:
+        model.train(mode)
     q = torch.arange(n, 2 * n) + first
     return torch.stack([w[:, :, q, q - n + 1].mean((0, 2)).cpu()
                         for w in captured.weights.values()])
@@ -151,7 +154,9 @@ def answers(
     relation: Relation,
     earlier: int = 0,    # ask so many tokens before the query
 ) -> Tensor:             # (L, H) bool
-    """Which heads choose a right place."""
+    """Which heads choose a right place. Raises `ValueError` before the text begins."""
+    if not 0 <= earlier <= relation.query:
+        raise ValueError(f"token {relation.query} has no token {earlier} before it")
     row = weights[:, :, relation.query - earlier]
     mass = torch.stack([row[..., tokens].sum(-1) for tokens in relation.places])
     return torch.tensor(relation.right, device=row.device)[mass.argmax(0)]
@@ -173,7 +178,8 @@ REFERRING = set("he she it they him her them his hers its their theirs himself h
                 "itself themselves".split())
 PLAIN = {*REFERRING, *("a an the and or but so of to in on at by for with from was "
                        "were is are had has have did do as that this not "
-                       "because until while when then if than too very").split()}
+                       "because until while when then if than too very upon once there into onto "
+                       "over under up down out off about after before again").split()}
 
 
 def relation_name(query: str, key: str, distance: int) -> str:
@@ -207,6 +213,8 @@ def attention_report(
     words, lines = words_of(tokenizer, ids), []
     wanted = {w.lower() for w in about} or REFERRING
     asked = [i for i, (w, _) in enumerate(words) if w.lower() in wanted]
+    if not words:
+        raise ValueError("the text has no words")
     if about and not asked:
         raise ValueError(f"none of {list(about)} is a word of this text")
     for layer, table in weights.items():
@@ -231,7 +239,7 @@ def attention_warnings(
     if len(ids) < 8:
         return ["the text is too short to judge: give at least 8 tokens"]
     scores, said = pattern_scores(weights, ids), []
-    level = pattern_scores(evenly(len(ids)).to(weights), ids)
+    level = pattern_scores(evenly(len(ids)), ids)
     n = scores["even"].numel()
     even, own = (scores["even"] > 0.97).sum(), (scores["itself"] > 0.9).sum()
     if even > n / 2:

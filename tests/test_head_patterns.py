@@ -10,7 +10,7 @@ from gptbook.checkpoints import load_demo
 from gptbook.core import GPTConfig, GPTModel, MultiHeadAttention, set_seed
 from gptbook.head_patterns import (
     RELATIONS, Relation, answers, attention_report, attention_warnings, evenly, habits,
-    induction_scores, pattern_scores, relations, token_ends, tokens_in, words_of)
+    induction_scores, pattern_scores, relation_name, relations, token_ends, tokens_in, words_of)
 from gptbook.stories import story
 from gptbook.tokenizer import train_bpe
 
@@ -90,6 +90,13 @@ def test_the_start_token_stands_before_each_row(monkeypatch):
     assert torch.equal(seen[0][:, :9], seen[0][:, 9:]) and plain.shape == started.shape == (2, 2)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_of_the_model_comes_back(training):
+    model = GPTModel(GPTConfig(50, 30, 16, 2, 2)).train(training)
+    induction_scores(model, 12)
+    assert model.training == training == model.blocks[0].attn.training
+
+
 # --- questions with a right answer ---------------------------------------------------------------
 
 
@@ -147,6 +154,9 @@ def test_answers_by_brute_force(earlier):
         mass = [sum(row[t].item() for t in tokens) for tokens in r.places]
         assert found[layer, head] == r.right[max(range(4), key=mass.__getitem__)]
     assert found.any() and not found.all()
+    for wrong in (21, -1):  # not the last token of the text instead
+        with pytest.raises(ValueError, match="token 20 has no token"):
+            answers(weights, r, wrong)
 
 
 def test_the_head_that_knows_and_dealt_answers(demo):
@@ -229,6 +239,25 @@ def test_without_a_pronoun_the_last_word_is_told(demo):
     ids, weights = fixed(tokenizer, "The cat sat", [("sat", "cat", 1.0)])
     said = attention_report(weights, tokenizer, ids)
     assert "'sat' attends most to:" in said and said.count("attends") == 1
+
+
+def test_words_that_a_pronoun_cannot_mean_are_not_called_coreference():
+    for word in ("upon", "Once", "there", "the", "was", "∅", ","):
+        assert relation_name("He", word, 4) != "coreference"
+    assert relation_name("He", "Tom", 4) == relation_name("it", "ball", 1) == "coreference"
+
+
+def test_a_text_without_words_is_refused(demo):
+    _, tokenizer = demo
+    ids = tokenizer.encode(" \n ")
+    with pytest.raises(ValueError, match="no words"):
+        attention_report({0: torch.eye(len(ids))[None, None]}, tokenizer, ids)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_weights_on_another_device():
+    ids, weights = torch.arange(12), evenly(12).expand(2, 3, 12, 12)
+    assert attention_warnings(weights.cuda(), ids.cuda()) == attention_warnings(weights, ids)
 
 
 @pytest.mark.parametrize("weights, said", [
