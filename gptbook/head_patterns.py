@@ -58,7 +58,7 @@ def induction_scores(
     n: int = 40,      # random tokens, told twice
     rows: int = 8,
     seed: int = 0,
-    start: int | None = None,  # a token before each row, if the model knows its texts so
+    start: int | None = None,  # a token before each row
 ) -> Tensor:          # (L, H), between 0 and 1
     """Attention from the second copy of a random row to the token that comes next.
 
@@ -178,8 +178,9 @@ REFERRING = set("he she it they him her them his hers its their theirs himself h
                 "itself themselves".split())
 PLAIN = {*REFERRING, *("a an the and or but so of to in on at by for with from was "
                        "were is are had has have did do as that this not "
-                       "because until while when then if than too very upon once there into onto "
-                       "over under up down out off about after before again").split()}
+                       "because until while when then if than too very upon "
+                       "once there into onto over under up down out off about "
+                       "after before again").split()}
 
 
 def relation_name(query: str, key: str, distance: int) -> str:
