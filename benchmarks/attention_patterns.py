@@ -5,9 +5,10 @@
 For each relation and each place to ask (at the token, one before): the head that does best on the
 even stories, its share of right choices on the odd ones with a 95 % bootstrap over stories, beside
 an even guess, the nearest place, the nearest name (a place with a capital letter), the best fixed
-place (the second, the last but one, ...; chosen like the head), and the same questions with answers
-dealt out anew; all of it once more for the questions where the nearest name is wrong. And the
-induction scores of random rows told twice.
+place (the second, the last but one, ...; chosen like the head), the best fixed one of the places
+without a capital letter, and the same questions with answers dealt out anew; all of it once more
+for the questions where the nearest name is wrong, of the same head and of the one that does best
+on such questions of the even stories. And the induction scores of random rows told twice.
 """
 import argparse
 import random
@@ -23,6 +24,7 @@ from gptbook.checkpoints import load_demo
 from gptbook.head_patterns import RELATIONS, answers, induction_scores, relations
 from gptbook.stories import story
 
+THINGS = 5                          # where a question has the places without a capital letter
 UNSEEN, FIRST = 977, 5000           # stories that no run trains on
 WHEN = {"at the token": 0, "one token before": 1}
 
@@ -34,15 +36,17 @@ def dealt(relation, source):
     return relation._replace(right=right)
 
 
-def nearest_name(relation, ids, tokenizer) -> bool:
-    """Is the nearest place with a capital letter right, or the nearest of all if none has one?"""
+def names_and_things(relation, ids, tokenizer) -> tuple:
+    """Is the nearest name right, or the nearest of all if none has a capital letter; the others."""
     words = [tokenizer.decode([ids[tokens[0]]]).strip() for tokens in relation.places]
-    names = [right for word, right in zip(words, relation.right) if word[:1].isupper()]
-    return (names or relation.right)[-1]
+    by_capital = {True: [], False: []}
+    for word, right in zip(words, relation.right):
+        by_capital[word[:1].isupper()].append(right)
+    return (by_capital[True] or relation.right)[-1], by_capital[False]
 
 
 def collect(model, tokenizer, n) -> dict:
-    """(relation, when) -> (story, (heads,) right, the same when dealt, chance, name, right)."""
+    """(relation, when) -> (story, (heads,) right, when dealt, chance, name, things, right)."""
     found = {(name, when): [] for name in RELATIONS for when in WHEN}
     source = random.Random(0)
     for i in trange(n, unit="story"):
@@ -54,12 +58,12 @@ def collect(model, tokenizer, n) -> dict:
         weights = torch.stack([w[0] for w in captured.weights.values()])
         for name, questions in asked.items():
             for r in questions:
-                other, name_right = dealt(r, source), nearest_name(r, ids, tokenizer)
+                other, rules = dealt(r, source), names_and_things(r, ids, tokenizer)
                 for when, earlier in WHEN.items():
                     found[name, when].append((
                         i, answers(weights, r, earlier).flatten().numpy(),
                         answers(weights, other, earlier).flatten().numpy(),
-                        fmean(r.right), name_right, r.right))
+                        fmean(r.right), *rules, r.right))
     return found
 
 
@@ -71,10 +75,10 @@ def bootstrap(by_story, draws=2000) -> list:
     return [round(float(x), 4) for x in np.quantile(means[:, 0] / means[:, 1], (0.025, 0.975))]
 
 
-def at_rank(questions, rank) -> float:
-    """How often the place of a fixed rank is right: 0 the first, -1 the nearest."""
-    return fmean(right[rank] if -len(right) <= rank < len(right) else right[-1]
-                 for *_, right in questions)
+def at_rank(questions, rank, of=-1) -> float:
+    """How often the place of a fixed rank is right: 0 the first, -1 the nearest; of all, or things."""
+    return fmean(right[rank] if -len(right) <= rank < len(right) else any(right[-1:])
+                 for right in (q[of] for q in questions))
 
 
 def judge(questions, n_heads, best=None) -> dict:
@@ -84,6 +88,7 @@ def judge(questions, n_heads, best=None) -> dict:
     if best is None:
         best = int(np.mean([q[1] for q in even], 0).argmax())
     rank = max(range(-6, 6), key=lambda k: at_rank(even, k))
+    thing = max(range(-6, 6), key=lambda k: at_rank(even, k, THINGS))
     by_story = {}
     for i, right, *_ in odd:
         hits, asked = by_story.get(i, (0, 0))
@@ -96,19 +101,19 @@ def judge(questions, n_heads, best=None) -> dict:
         "chance": round(fmean(q[3] for q in odd), 4),
         "nearest": round(at_rank(odd, -1), 4),
         "nearest name": round(fmean(q[4] for q in odd), 4), "fixed": round(at_rank(odd, rank), 4),
-        "fixed rank": rank,
+        "fixed rank": rank, "thing": round(at_rank(odd, thing, THINGS), 4), "thing rank": thing,
         "on the half that chose it": round(fmean(float(q[1][best]) for q in even), 4),
         "all heads": np.mean([q[1] for q in odd], 0).round(3).tolist(),
     }
 
 
 def judge_twice(questions, n_heads) -> dict:
-    """All questions, and the same head where the nearest name is wrong."""
+    """All questions; and where the nearest name is wrong, the same head, and one chosen there."""
     found = judge(questions, n_heads)
     layer, head = map(int, found["head"].split("."))
     hard = [q for q in questions if not q[4]]
     return {**found, "where the nearest name is wrong":
-            judge(hard, n_heads, layer * n_heads + head)}
+            judge(hard, n_heads, layer * n_heads + head), "chosen there": judge(hard, n_heads)}
 
 
 def main():

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['RELATIONS', 'REFERRING', 'PLAIN', 'habits', 'pattern_scores', 'evenly', 'induction_scores', 'Relation', 'token_ends',
            'tokens_in', 'places_named', 'asked_of', 'relations', 'answers', 'words_of', 'relation_name',
-           'word_attention', 'attention_report', 'attention_warnings']
+           'word_attention', 'word_report', 'attention_report', 'attention_warnings']
 
 # %% ../nbs/05b_head_patterns.ipynb #patt0004
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from .attention import capture_attention
 from .core import GPTModel
 from .grammar import POINTING
-from .stories import Story, subjects
+from .stories import Story, stem, subjects
 
 # %% ../nbs/05b_head_patterns.ipynb #patt0009
 def habits(ids: Sequence[int]) -> dict[str, Tensor]:  # name -> (T, T) bool
@@ -36,7 +36,11 @@ def pattern_scores(
     weights: Tensor,     # (..., T, T), of one text
     ids: Sequence[int],  # (T,)
 ) -> dict[str, Tensor]:  # name -> (...), between 0 and 1; NaN: nowhere to look
-    """Share of attention on each habit, and how even it is, for every head."""
+    """Share of attention on each habit, and how even it is, for every head.
+
+    Raises `ValueError` unless the weights are of so many tokens."""
+    if weights.shape[-2:] != (len(ids), len(ids)):
+        raise ValueError(f"weights {tuple(weights.shape)} are not of {len(ids)} tokens")
     late = torch.arange(len(ids)) > 1  # before that, habits coincide
     found, weights = {}, weights.cpu()
     for name, table in habits(ids).items():
@@ -162,16 +166,22 @@ def answers(
     return torch.tensor(relation.right, device=row.device)[mass.argmax(0)]
 
 # %% ../nbs/05b_head_patterns.ipynb #patt0029
+_LETTER = r"[^\s!-/:-@\[-^`{-~\u2000-\u206f\u3000-\u303f«»¿¡]"  # or a digit, or _
+_WORD = re.compile(rf"(?:{_LETTER}(?:['’](?={_LETTER}))?)+|\S")
+
+
 def words_of(tokenizer, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
     """The words of a text, each with its tokens; punctuation stands by itself."""
-    special = tokenizer.end_of_text
-    ends = token_ends(tokenizer, [i for i in ids if i != special])
-    raw = tokenizer.decode_bytes([i for i in ids if i != special])
-    real = [t for t, i in enumerate(ids) if i != special]
-    words = [(raw[m.start() : m.end()].decode("utf-8", "replace"),
-              [real[t] for t in tokens_in(ends, m.start(), m.end())])
-             for m in re.finditer(rb"[\w'\x80-\xff]+|[^\w\s]", raw)]
-    return [("∅", [t]) for t, i in enumerate(ids) if i == special and t == 0] + words
+    real = [t for t, i in enumerate(ids) if i != tokenizer.end_of_text]
+    ends = token_ends(tokenizer, [ids[t] for t in real])
+    raw, how = tokenizer.decode_bytes([ids[t] for t in real]), "surrogateescape"
+    text = raw.decode("utf-8", how)
+    words = [] if 0 in real or not len(ids) else [("∅", [0])]
+    for m in _WORD.finditer(text):
+        start, end = (len(text[:at].encode("utf-8", how)) for at in m.span())
+        words.append((raw[start:end].decode("utf-8", "replace"),
+                      [real[t] for t in tokens_in(ends, start, end)]))
+    return words
 
 
 REFERRING = set("he she it they him her them his hers its their theirs himself herself "
@@ -180,19 +190,26 @@ PLAIN = {*REFERRING, *("a an the and or but so of to in on at by for with from w
                        "were is are had has have did do as that this not "
                        "because until while when then if than too very upon "
                        "once there into onto over under up down out off about "
-                       "after before again").split()}
+                       "after before again i you we me us my your our who what "
+                       "which be been will would can could").split()}
 
 
-def relation_name(query: str, key: str, distance: int) -> str:
-    """What a look from one word to another could be, by its form."""
+def relation_name(query: str, key: str, distance: int, means: str = "") -> str:
+    """What a look from one word to another could be; `means`: what the first one means.
+
+    The "?" stands where nothing but the form of the words speaks for it."""
+    q, k = query.lower(), key.lower()
     if distance == 0:
         return "self-attention"
-    if key == "∅" or key == "":
+    if k in ("∅", ""):
         return "start of the text"
-    if query.lower() == key.lower():
+    if q == k:
         return "the same word"
-    if query.lower() in REFERRING and key[0].isalpha() and key.lower() not in PLAIN:
+    if k in means.lower().split():
         return "coreference"
+    could_be = k[0].isalpha() and k not in PLAIN and stem(k) == k  # "sat" is no noun
+    if not means and q in REFERRING and could_be:
+        return "coreference?"
     return "the word before" if distance == 1 else ""
 
 # %% ../nbs/05b_head_patterns.ipynb #patt0030
@@ -202,6 +219,17 @@ def word_attention(weights: Tensor, words: list) -> Tensor:  # (W, W), of (T, T)
     return torch.stack([rows[:, tokens].sum(-1) for _, tokens in words], 1)
 
 
+def word_report(row: Tensor, words: list, i: int, top: int, means: str) -> list[str]:
+    """What word i looks at the most, given its row of `word_attention`, in lines."""
+    best, said = row[: i + 1].topk(min(top, i + 1)), []
+    for weight, j in zip(*(x.tolist() for x in best)):
+        name = relation_name(words[i][0], words[j][0], i - j, means)
+        line = f"    {len(said) + 1}. '{words[j][0]}' (weight: {weight:.2f})"
+        if weight > 0:
+            said.append(f"{line}  # {name}" if name else line)
+    return [f"  '{words[i][0]}' attends most to:", *said]
+
+
 def attention_report(
     weights: dict[int, Tensor],  # layer -> (1, H, T, T), as captured
     tokenizer,
@@ -209,32 +237,33 @@ def attention_report(
     about: Sequence[str] = (),   # words; none: pronouns, or else the last word
     head: int | None = None,     # None: the mean of all heads
     top: int = 3,
+    means: Mapping[str, str] | None = None,  # known to you: {"It": "cat"}
 ) -> str:
     """What some words look at, layer by layer, in plain words."""
     words, lines = words_of(tokenizer, ids), []
     wanted = {w.lower() for w in about} or REFERRING
     asked = [i for i, (w, _) in enumerate(words) if w.lower() in wanted]
+    known = {word.lower(): meant for word, meant in (means or {}).items()}
     if not words:
         raise ValueError("the text has no words")
     if about and not asked:
         raise ValueError(f"none of {list(about)} is a word of this text")
-    for layer, table in weights.items():
-        table = table[0].mean(0) if head is None else table[0, head]
-        table = word_attention(table.cpu(), words)
+    for layer, (table, *_) in weights.items():
+        if head is not None and not 0 <= head < len(table):
+            raise ValueError(f"head {head} is not there: there are {len(table)}")
+        table = (table.mean(0) if head is None else table[head]).cpu()
+        table = word_attention(table, words)
         lines.append(f"Layer {layer}" + (":" if head is None else f", head {head}:"))
         for i in asked or [len(words) - 1]:
-            lines.append(f"  '{words[i][0]}' attends most to:")
-            best = table[i].topk(min(top, i + 1))
-            for place, (weight, j) in enumerate(zip(*(x.tolist() for x in best)), 1):
-                name = relation_name(words[i][0], words[j][0], i - j)
-                said = f"    {place}. '{words[j][0]}' (weight: {weight:.2f})"
-                lines.append(f"{said}  # {name}" if name else said)
+            meant = known.get(words[i][0].lower(), "")
+            lines += word_report(table[i], words, i, top, meant)
     return "\n".join(lines)
 
 # %% ../nbs/05b_head_patterns.ipynb #patt0033
 def attention_warnings(
     weights: Tensor,     # (L, H, T, T)
     ids: Sequence[int],
+    whole: bool = True,  # are these all layers? One alone may have no habit
 ) -> list[str]:
     """What looks wrong in the attention of a model, in sentences; [] if nothing."""
     if len(ids) < 8:
@@ -250,7 +279,7 @@ def attention_warnings(
         said.append(f"only itself: {own} of {n} heads look at nothing but their own "
                     f"token, and do not use the context")
     excess = [(scores[name] - level[name]).nan_to_num().max() for name in habits(ids)]
-    if max(excess) < 0.1:
+    if whole and max(excess) < 0.1:
         said.append("random-like: no head has a habit beyond chance; a model that was "
                     "not trained looks like this")
     return said

@@ -1,8 +1,11 @@
 """The command that looks: files, numbers, formats of checkpoints, and what it says to mistakes."""
 import json
+import re
+import shutil
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -11,8 +14,13 @@ from commands_workspace import ROOT, tiny_model, workspace  # noqa: F401
 from gptbook.attention import capture_attention
 from gptbook.checkpoints import load_model, save_model
 from gptbook.cli import call
-from gptbook.cli_attention import look_at, write_look
+from gptbook.cli_attention import look_at, told, write_look
 from gptbook.core import GPTConfig, GPTModel
+from gptbook.stories import story
+from gptbook.structured_pruning import prune_heads
+
+sys.path.append(str(ROOT / "book"))
+from chromium import Browser, find_chromium  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -90,6 +98,59 @@ def test_mistakes_get_one_line_and_write_nothing(here, tmp_path, words, told):
     assert len(said.err.splitlines()) == 2 and not (tmp_path / "f").exists()
 
 
+def test_any_text_can_be_drawn(here, tmp_path):
+    """Two dollars are no formula, and a font without a letter says nothing on the terminal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for text in ("$$ cat", "$5_x$ cat", "\u732b cat"):
+            said = analyze(f"--checkpoint best_model.safetensors --text '{text}'", tmp_path / "m")
+            assert said.code == 0, said.err
+        shutil.copy("best_model.safetensors", tmp_path / "$x^$.safetensors")
+        said = analyze(f"--checkpoint '{tmp_path}/$x^$.safetensors'", tmp_path / "m")
+        assert said.code == 0, said.err
+
+
+def test_one_layer_of_a_trained_model_is_not_called_untrained(here, tmp_path):
+    """The last layer has no habit; that is a warning only if no other layer has one."""
+    demo, text = ROOT / "gptbook" / "models" / "stories.safetensors", story(977, 9000).text
+    assert "'" not in text
+    for words in ("--layer 3", "--layer 3 --head 0", ""):
+        said = analyze(f"--checkpoint {demo} {words} --text '{text}'", tmp_path / "q")
+        assert said.code == 0 and "Warning" not in said.out
+        assert json.loads((tmp_path / "q" / "attention.json").read_text())["warnings"] == []
+    untrained = analyze(f"--layer 3 --text '{text}'", tmp_path / "q").out
+    assert untrained.startswith("Warning: uniform"), "what one layer can show, is said"
+
+
+def test_the_view_of_one_layer_has_its_number(here, tmp_path):
+    demo = ROOT / "gptbook" / "models" / "stories.safetensors"
+    for words, at in (("--layer 2", "n"), ("", "o")):
+        assert analyze(f"--checkpoint {demo} {words}", tmp_path / at).code == 0
+    one, whole = (tmp_path / at / "view.html" for at in "no")
+    assert one.read_text().count("layer 2") == 3 == len(re.findall(
+        r'layer \$\{|layer " \+', whole.read_text()))
+    assert not re.search(r'layer \$\{|layer " \+', one.read_text())
+    if find_chromium() is None:
+        pytest.skip("no Chromium here")
+    with Browser() as browser:
+        page = browser.page(900, 900, "light").open(one.as_uri(), 0.4)
+        assert page.errors == []
+        assert page.evaluate("document.querySelector('.gba .s').textContent").startswith("layer 2, head 0")
+        assert page.evaluate("document.querySelector('.gba .h span').textContent") == "layer 2"
+        page.close()
+
+
+def test_layers_with_different_numbers_of_heads(here, tmp_path):
+    checkpoint = load_model(ROOT / "gptbook" / "models" / "stories.safetensors")
+    prune_heads(checkpoint.model, {1: [0, 3]})
+    path = save_model(tmp_path / "pruned.safetensors", checkpoint.model, checkpoint.tokenizer)
+    for words, told in (("", "numbers of heads, [4, 2, 4, 4]"), ("--layer 1 --head 2", "0 to 1")):
+        said = analyze(f"--checkpoint {path} {words}", tmp_path / "p")
+        assert said.code == 2 and told in said.err and not (tmp_path / "p").exists()
+    said = analyze(f"--checkpoint {path} --layer 1 --head 1", tmp_path / "p")
+    assert said.code == 0 and (tmp_path / "p" / "layer_1_head_1.png").is_file()
+
+
 def test_nothing_is_written_by_halves(here, tmp_path, monkeypatch):
     """If the last file cannot be computed, the first is not written."""
     import gptbook.cli_attention as module
@@ -151,8 +212,12 @@ def test_64_tokens_of_the_124m_shape_in_time(tmp_path):
     text = "The cat sat on the mat. " * 9
     while len(tokenizer.encode(text)) > 63:
         text = text[:-1]
-    start = time.perf_counter()
-    look = look_at(checkpoint, "m", text, None, None)
-    write_look(look, tmp_path / "out", None, None)
-    assert time.perf_counter() - start < 10
+    seconds = []
+    for _ in range(2):  # the first has to find its fonts
+        start = time.perf_counter()
+        look = look_at(checkpoint, "m", text, None, None)
+        told(look, None)
+        write_look(look, tmp_path / "out", None, None)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 5, seconds
     assert (tmp_path / "out" / "view.html").stat().st_size <= 450_000

@@ -10,7 +10,8 @@ from gptbook.checkpoints import load_demo
 from gptbook.core import GPTConfig, GPTModel, MultiHeadAttention, set_seed
 from gptbook.head_patterns import (
     RELATIONS, Relation, answers, attention_report, attention_warnings, evenly, habits,
-    induction_scores, pattern_scores, relation_name, relations, token_ends, tokens_in, words_of)
+    induction_scores, pattern_scores, relation_name, relations, token_ends, tokens_in, word_report,
+    words_of)
 from gptbook.stories import story
 from gptbook.tokenizer import train_bpe
 
@@ -60,6 +61,9 @@ def test_even_attention_and_nowhere_to_look():
     assert scores["even"].shape == (3, 2)
     torch.testing.assert_close(scores["even"], torch.ones(3, 2))
     assert scores["same token"].isnan().all(), "no token comes twice"
+    for wrong in (range(11), range(13), []):
+        with pytest.raises(ValueError, match=f"are not of {len(wrong)} tokens"):
+            pattern_scores(weights, list(wrong))
 
 
 def by_distance(n, q_pos, k_pos):
@@ -195,6 +199,29 @@ def test_words_of_any_text():
         assert word.encode() in tokenizer.decode_bytes([ids[t] for t in tokens])
 
 
+@pytest.mark.parametrize("text, wanted", [
+    ("“It was,” she said.", "“ It was , ” she said ."), ("'Tom ran.'", "' Tom ran . '"),
+    ("Tom’s dogs' «hats»… ¡hola!", "Tom’s dogs ' « hats » … ¡ hola !"),
+    ("猫。它 नमस्ते a_b 3.5", "猫 。 它 नमस्ते a_b 3 . 5"), (" \n", ""),
+])
+def test_punctuation_stands_by_itself(demo, text, wanted):
+    """Also quotation marks: the pronoun in them is a pronoun."""
+    _, tokenizer = demo
+    ids = tokenizer.encode(text)
+    assert [word for word, _ in words_of(tokenizer, ids)] == wanted.split()
+    started = [tokenizer.end_of_text, *ids]
+    assert words_of(tokenizer, started) == [("∅", [0])] + [
+        (word, [t + 1 for t in tokens]) for word, tokens in words_of(tokenizer, ids)]
+
+
+def test_half_a_letter_is_a_word_of_its_token(demo):
+    _, tokenizer = demo
+    ids = tokenizer.encode("cat 😀")[:-1]  # all but the last byte
+    words = words_of(tokenizer, ids)
+    assert words[0][0] == "cat" and words[-1][1][-1] == len(ids) - 1
+    assert "\ufffd" in words[-1][0]
+
+
 def fixed(tokenizer, text, pairs, others=0):
     ids = [tokenizer.end_of_text, *tokenizer.encode(text)]
     weights = torch.zeros(1, 2, len(ids), len(ids))
@@ -210,12 +237,18 @@ def test_the_report_has_the_form_that_was_promised(demo):
     text = "The cat sat on the mat. It was fluffy."
     ids, weights = fixed(tokenizer, text, [
         ("It", "∅", 0.0), ("It", "cat", 0.60), ("It", "mat", 0.25), ("It", "It", 0.15)])
-    assert attention_report(weights, tokenizer, ids) == (
+    known = (
         "Layer 0:\n"
         "  'It' attends most to:\n"
         "    1. 'cat' (weight: 0.60)  # coreference\n"
-        "    2. 'mat' (weight: 0.25)  # coreference\n"
+        "    2. 'mat' (weight: 0.25)\n"
         "    3. 'It' (weight: 0.15)  # self-attention")
+    for means in ({"It": "cat"}, {"it": "the Cat"}):
+        assert attention_report(weights, tokenizer, ids, means=means) == known
+    by_form = [line.partition("#")[2] for line in
+               attention_report(weights, tokenizer, ids).splitlines()[2:]]
+    assert by_form == [" coreference?", " coreference?", " self-attention"]
+    assert "coreference?" in attention_report(weights, tokenizer, ids, means={"she": "cat"})
     ids, weights = fixed(tokenizer, text, [("fluffy", "∅", 0.2), ("fluffy", "was", 0.8)])
     said = attention_report(weights, tokenizer, ids, about=["fluffy"], head=1, top=2)
     assert said == ("Layer 0, head 1:\n  'fluffy' attends most to:\n"
@@ -223,6 +256,20 @@ def test_the_report_has_the_form_that_was_promised(demo):
                     "    2. '∅' (weight: 0.20)  # start of the text")
     with pytest.raises(ValueError, match="is a word of this text"):
         attention_report(weights, tokenizer, ids, about=["dog"])
+    for head in (2, -1):
+        with pytest.raises(ValueError, match=f"head {head} is not there: there are 2"):
+            attention_report(weights, tokenizer, ids, head=head)
+
+
+def test_what_is_not_looked_at_is_not_listed(demo):
+    """Weights of zero, of words that come later and of words outside a window."""
+    _, tokenizer = demo
+    ids, weights = fixed(tokenizer, "The cat sat. It ran.", [("It", "∅", 0.0), ("It", "cat", 1.0)])
+    assert attention_report(weights, tokenizer, ids, top=9).splitlines()[1:] == [
+        "  'It' attends most to:", "    1. 'cat' (weight: 1.00)  # coreference?"]
+    words = [("a", [0]), ("b", [1]), ("c", [1])]  # the last two share a token
+    assert [line[7:10] for line in word_report(torch.tensor([0.2, 0.3, 0.3]), words, 1, 3, "")[1:]
+            ] == ["'b'", "'a'"], "no word looks at a later one"
 
 
 def test_every_pronoun_is_told_by_itself(demo):
@@ -231,7 +278,7 @@ def test_every_pronoun_is_told_by_itself(demo):
     said = attention_report(weights, tokenizer, ids, top=1)
     assert [line.strip() for line in said.splitlines() if "attends" in line] == [
         f"'{word}' attends most to:" for word in ("He", "it", "them")]
-    assert "    1. 'Tom' (weight: 1.00)  # coreference" in said.splitlines()
+    assert "    1. 'Tom' (weight: 1.00)  # coreference?" in said.splitlines()
 
 
 def test_without_a_pronoun_the_last_word_is_told(demo):
@@ -242,9 +289,19 @@ def test_without_a_pronoun_the_last_word_is_told(demo):
 
 
 def test_words_that_a_pronoun_cannot_mean_are_not_called_coreference():
-    for word in ("upon", "Once", "there", "the", "was", "∅", ","):
-        assert relation_name("He", word, 4) != "coreference"
-    assert relation_name("He", "Tom", 4) == relation_name("it", "ball", 1) == "coreference"
+    for word in ("upon", "Once", "there", "the", "was", "∅", ",", "I", "sat", "jumped", "7"):
+        assert "coreference" not in relation_name("He", word, 4)
+        assert "coreference" not in relation_name("He", word, 4, "Tom")
+    assert relation_name("He", "Tom", 4) == relation_name("it", "ball", 1) == "coreference?"
+    assert relation_name("ran", "Tom", 4) == ""
+
+
+def test_what_is_known_is_named_and_nothing_else():
+    assert relation_name("He", "Tom", 4, "tom") == "coreference"
+    assert relation_name("They", "Mia", 4, "Tom Mia") == "coreference"
+    assert relation_name("He", "ball", 4, "Tom") == "" != relation_name("He", "ball", 4)
+    assert relation_name("He", "he", 4, "Tom") == "the same word"
+    assert relation_name("He", "ball", 1, "Tom") == "the word before"
 
 
 def test_a_text_without_words_is_refused(demo):
@@ -281,6 +338,20 @@ def test_warnings_of_models(demo):
         weights = torch.stack([w[0] for w in captured.weights.values()])
         assert len(attention_warnings(weights, ids)) == n
     assert "too short" in attention_warnings(weights[..., :5, :5], ids[:5])[0]
+
+
+def test_one_layer_without_habits_is_no_warning(demo):
+    """The last layer of a trained model looks at what the text says."""
+    model, tokenizer = demo
+    from gptbook.attention import capture_attention
+
+    ids = [tokenizer.end_of_text, *tokenizer.encode(story(977, 9000).text)]
+    with torch.no_grad(), capture_attention(model, [3]) as captured:
+        model(torch.tensor([ids]))
+    assert attention_warnings(captured.weights[3], ids)[0].startswith("random-like")
+    assert attention_warnings(captured.weights[3], ids, whole=False) == []
+    still = attention_warnings(evenly(20).expand(1, 2, 20, 20), range(20), whole=False)
+    assert [w.split(":")[0] for w in still] == ["uniform"]
 
 
 def test_sharp_noise_is_random_like():

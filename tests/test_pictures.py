@@ -90,6 +90,31 @@ def test_lines_go_from_who_looks_to_what():
     assert sorted(bold) == ["t3", "t7"], "the tokens that look"
 
 
+def test_lines_of_a_long_text_have_fewer_labels():
+    n = 120
+    shown = lines_picture(torch.eye(n), [f"t{i}" for i in range(n)], "Long", tokens=[-2])
+    names = [x.get_text() for x in shown.ax.texts if x.get_ha() == "right" and x.get_text()]
+    assert len(names) <= 37 and "t118" in names, "few, and the token that looks among them"
+
+
+@pytest.mark.parametrize("shape", [(12, 1), (1, 12), (12, 12), (30, 9), (1, 1)])
+def test_a_model_picture_has_a_size_that_can_be_looked_at(shape):
+    height = model_picture(causal(*shape), "").figure.get_figheight()
+    assert height <= 0.4 + max(7.2, 0.8 * shape[0])
+
+
+@pytest.mark.parametrize("label", ["$$", "$5_x$"])
+def test_dollars_are_no_formula(label):
+    """Two dollars of a label would be read as mathematics, or be an error."""
+    labels = [label, *LABELS[1:]]
+    for shown in (head_picture(causal(), labels, "x"), lines_picture(causal(), labels, "x"),
+                  through_layers(causal(2, 2), labels, 3, "x")):
+        shown.figure.draw_without_rendering()
+        written = shown.ax.get_xticklabels() + shown.ax.texts
+        raw = next(x.get_text() for x in written if "$" in x.get_text())
+        assert written[0]._preprocess_math(raw) == (label, False)
+
+
 def test_one_token_through_the_layers():
     weights = causal(4, 2)
     mean = through_layers(weights, LABELS, 5, "mean")
@@ -103,6 +128,8 @@ def test_one_token_through_the_layers():
     lambda: layer_picture(causal(), ""), lambda: model_picture(causal(2), ""),
     lambda: lines_picture(causal(), LABELS, "", tokens=[T]),
     lambda: through_layers(causal(2, 2), LABELS, T, ""),
+    lambda: through_layers(causal(2, 2), LABELS, 0, "", head=2),
+    lambda: through_layers(causal(2, 2), LABELS, 0, "", head=-1),
     lambda: save_view("x.html", causal(2), LABELS),
 ])
 def test_what_does_not_fit_is_refused(wrong):
@@ -131,6 +158,11 @@ def test_twelve_layers_of_twelve_heads_fit_into_a_file(tmp_path):
         assert path.stat().st_size <= 450_000
     with pytest.raises(ValueError, match="more than 1,000"):
         save_view(tmp_path / "small.html", weights, ["x"] * 64, limit=1000)
+    size = path.stat().st_size  # the limit is for the whole file, not for the view in it
+    assert save_view(path, weights, [f"·word{i}" for i in range(64)], limit=size + 9) == path
+    with pytest.raises(ValueError, match="more than"):
+        save_view(tmp_path / "small.html", weights, [f"·word{i}" for i in range(64)],
+                  limit=size - 9)
     assert not (tmp_path / "small.html").exists()
 
 
