@@ -3,13 +3,19 @@
     python benchmarks/head_ablation.py                  # about three minutes on one core
 
 Takes one head at a time away, in three ways (zeros, its mean over other stories, what it wrote in
-another story), on the odd stories of the collection that `attention_patterns.py` chose its heads on
-the even ones of. The increase of the loss in nats a token; for the head that finds referents with
-a 95 % bootstrap over stories; five random heads beside it. Last, all heads that find referents more
-often than always choosing the first name would are taken away together, beside random groups.
+another story), on stories that `attention_patterns.py` has not seen. The increase of the loss in
+nats a token. The finders are the heads that find referents more often than always choosing the first
+name would; they are taken away one at a time and together, with a 95 % bootstrap over stories. Beside
+them stand five heads and five groups drawn from the others. None is of the first layer, which every
+token needs: beside those no head would look important.
+
+The means are of whole stories, without padding. Stories stand in order of their length, the longest
+first, so that the row before is as long or longer, and nothing is borrowed from padding (but for the
+first row of a batch).
 """
 import argparse
 import random
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -21,18 +27,23 @@ from gptbook.effects import WAYS, losses_at, mean_of_heads, without_heads
 from gptbook.head_patterns import relations
 from gptbook.stories import story
 
-UNSEEN, FIRST, BATCH = 977, 5000, 16
+UNSEEN, FIRST, BATCH = 977, 7000, 16
 KINDS = {"pronouns": "pronoun, referent", "names again": "name, same name"}
 
 
-def read(tokenizer, numbers, limit) -> tuple:
-    """Ids (N, T), padded at the end, and which tokens are of which kind, (N, T - 1) each."""
-    rows, marks = [], []
+def read(tokenizer, numbers, limit) -> list:
+    """(ids, kind -> places) of each story that fits, the longest first."""
+    found = []
     for i in numbers:
         ids, asked = relations(story(UNSEEN, FIRST + i), tokenizer)
         if len(ids) <= limit:
-            rows.append(ids)
-            marks.append({kind: {r.query for r in asked[name]} for kind, name in KINDS.items()})
+            found.append((ids, {kind: {r.query for r in asked[name]} for kind, name in KINDS.items()}))
+    return sorted(found, key=lambda one: -len(one[0]))
+
+
+def table(tokenizer, stories) -> tuple:
+    """Ids (N, T), padded at the end, their lengths, and which are of which kind, (N, T - 1) each."""
+    rows, marks = zip(*stories)
     T = max(map(len, rows))
     ids = torch.tensor([row + [tokenizer.end_of_text] * (T - len(row)) for row in rows])
     kinds = {kind: torch.zeros(len(rows), T - 1, dtype=torch.bool) for kind in KINDS}
@@ -43,11 +54,15 @@ def read(tokenizer, numbers, limit) -> tuple:
             kinds[kind][b, [t - 1 for t in places]] = True  # the loss of token t stands at t - 1
     for kind in kinds.values():
         others &= ~kind
-    return ids, {**kinds, "all others": others}
+    return ids, [len(row) for row in rows], {**kinds, "all others": others}
 
 
-def losses(model, ids) -> torch.Tensor:
-    return torch.cat([losses_at(model, part) for part in ids.split(BATCH)])
+def losses(model, ids, lengths) -> torch.Tensor:
+    """(N, T - 1); a batch is read as far as its longest row, which is the first."""
+    found = torch.zeros(len(ids), ids.shape[1] - 1)
+    for at in range(0, len(ids), BATCH):
+        found[at : at + BATCH, : lengths[at] - 1] = losses_at(model, ids[at : at + BATCH, : lengths[at]])
+    return found
 
 
 def bootstrap(increase, mask, draws=2000) -> list:
@@ -60,48 +75,50 @@ def bootstrap(increase, mask, draws=2000) -> list:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--stories", type=int, default=160, help="odd ones")
+    parser.add_argument("--stories", type=int, default=160)
     parser.add_argument("--quick", action="store_true", help="16 stories, not stored")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     model, tokenizer = load_demo()
     n = 16 if options.quick else options.stories
     limit = model.config.context_length
-    ids, masks = read(tokenizer, range(1, 2 * n, 2), limit)
-    means = mean_of_heads(model, read(tokenizer, range(0, 2 * min(n, 64), 2), limit)[0].split(BATCH))
-    finder = load("attention_patterns")["figures"]["relations"]["pronoun, referent"]["one token before"]["head"]
+    ids, lengths, masks = table(tokenizer, read(tokenizer, range(n), limit))
+    means = mean_of_heads(model, [torch.tensor([row]) for row, _ in read(tokenizer, range(1000, 1064), limit)])
+    asked = load("attention_patterns")["figures"]["relations"]["pronoun, referent"]["one token before"]
     heads = [(layer, head) for layer in range(model.config.n_layers) for head in range(model.config.n_heads)]
-    plain, increase, interval = losses(model, ids), {}, None
+    plain, increase = losses(model, ids, lengths), {}
+    name = lambda group: " + ".join(f"{a}.{b}" for a, b in group)
+
+    def more(group, way="mean"):
+        with without_heads(model, group, way, means):
+            return losses(model, ids, lengths) - plain
+
+    def by_kind(x):
+        return {kind: round(x[mask].mean().item(), 4) for kind, mask in masks.items()}
+
     with tqdm(total=len(WAYS) * len(heads), unit="head") as bar:
         for way in WAYS:
             increase[way] = {kind: {} for kind in masks}
-            for layer, head in heads:
-                with without_heads(model, [(layer, head)], way, means):
-                    more = losses(model, ids) - plain
-                name = f"{layer}.{head}"
-                for kind, mask in masks.items():
-                    increase[way][kind][name] = round(more[mask].mean().item(), 4)
-                if (way, name) == ("mean", finder):
-                    interval = bootstrap(more, masks["pronouns"])
+            for head in heads:
+                for kind, x in by_kind(more([head], way)).items():
+                    increase[way][kind][name([head])] = x
                 bar.update()
-    names = [f"{layer}.{head}" for layer, head in heads]
-    asked = load("attention_patterns")["figures"]["relations"]["pronoun, referent"]["one token before"]
-    good = [h for h, share in zip(heads, asked["all heads"]) if share > asked["fixed"]]
-    source, together = random.Random(1), {}
-    late = [h for h in heads if h not in good and h[0] == model.config.n_layers - 1]
-    groups = [good, *(source.sample(late, len(good)) for _ in range(1)),
-              *(source.sample([h for h in heads if h not in good], len(good)) for _ in range(5))]
-    for group in groups:
-        with without_heads(model, group, "mean", means):
-            more = losses(model, ids) - plain
-        together[" + ".join(f"{a}.{b}" for a, b in group)] = {
-            kind: round(more[mask].mean().item(), 4) for kind, mask in masks.items()}
-    five = random.Random(0).sample([h for h in names if h != finder], 5)
+    finders = [h for h, share in zip(heads, asked["all heads"]) if share > asked["fixed"]]
+    rest, source = [h for h in heads if h not in finders and h[0] > 0], random.Random(0)
+    five = source.sample(rest, 5)
+    last = [h for h in rest if h[0] == model.config.n_layers - 1]
+    groups = [finders, *combinations(last, len(finders))]
+    others = [g for g in combinations(rest, len(finders)) if g not in groups]
+    groups += source.sample(others, 5)
+    together = {name(group): by_kind(more(group)) for group in groups}
+    interval = {name(group): bootstrap(more(group), masks["pronouns"])
+                for group in ([h] for h in finders)}
+    interval[name(finders)] = bootstrap(more(finders), masks["pronouns"])
     figures = {
         "stories": len(ids), "tokens": {kind: int(mask.sum()) for kind, mask in masks.items()},
-        "plain": {kind: round(plain[mask].mean().item(), 4) for kind, mask in masks.items()},
-        "increase": increase, "finder": finder, "interval": interval, "random heads": five,
-        "together": together, "finders": [f"{a}.{b}" for a, b in good]}
+        "plain": by_kind(plain), "increase": increase, "finder": asked["head"], "interval": interval,
+        "random heads": [name([h]) for h in five], "together": together,
+        "finders": [name([h]) for h in finders]}
     for way in WAYS:
         print(way, increase[way]["pronouns"])
     print({k: v for k, v in figures.items() if k != "increase"})

@@ -7,7 +7,7 @@ import torch
 import gptbook  # noqa: F401, registers all recipes
 from gptbook.core import RECIPES, GPTConfig, GPTModel, sdpa, set_seed
 from gptbook.effects import (
-    WAYS, edit_heads, losses_at, mean_of_heads, patch_effects, record_heads, without_heads)
+    WAYS, edit_heads, evaluating, losses_at, mean_of_heads, patch_effects, record_heads, without_heads)
 from gptbook.structured_pruning import prune_heads
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -164,7 +164,33 @@ def test_other_mistakes():
         pass
     with pytest.raises(ValueError, match="mean_of_heads"), without_heads(model, [(0, 0)]):
         pass
+    means = {0: mean_of_heads(model, [ids])[0]}
+    with pytest.raises(ValueError, match="each layer"), without_heads(model, [(0, 0), (1, 0)], "mean", means):
+        pass
+    with pytest.raises(ValueError, match="no text"):
+        mean_of_heads(model, [])
+    with pytest.raises(ValueError, match="answer the same"):
+        patch_effects(model, ids, ids, lambda logits: logits[:, 0])
     with pytest.raises(ValueError, match="two texts"), without_heads(model, [(0, 0)], "resample"):
         model(ids[:1])
     with pytest.raises(ValueError, match="as many tokens"):
         patch_effects(model, ids, ids[:, :5], lambda logits: logits[:, 0])
+
+
+def test_the_mode_of_each_part_is_back():
+    model, ids = made(), texts()
+    set_seed(0)
+    dropping = GPTModel(GPTConfig(V, 64, 32, 3, 4, drop_rate=0.5))
+    dropping.load_state_dict(model.state_dict())
+    dropping.train().blocks[1].eval()  # one part stands otherwise
+    modes = [part.training for part in dropping.modules()]
+    assert {*modes} == {True, False}
+    measure = lambda logits: logits[:, 0]
+    for work in (lambda m: losses_at(m, ids), lambda m: mean_of_heads(m, [ids])[2],
+                 lambda m: patch_effects(m, ids, ids.flip(1), measure)):
+        torch.testing.assert_close(work(dropping), work(model))  # nothing is dropped
+        assert [part.training for part in dropping.modules()] == modes
+    with pytest.raises(RuntimeError, match="stop"), evaluating(dropping):
+        assert not any(part.training for part in dropping.modules())
+        raise RuntimeError("stop")
+    assert [part.training for part in dropping.modules()] == modes

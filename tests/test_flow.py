@@ -7,7 +7,8 @@ import transformers
 import gptbook  # noqa: F401, registers all recipes
 from gptbook.core import RECIPES, GPTConfig, GPTModel, set_seed
 from gptbook.flow import (
-    attention_flow, flow_network, gradient_times_input, logit_lens, max_flow, occlusion, rollout)
+    attention_flow, flow_network, gradient_times_input, logit_lens, max_flow, mixing_steps, occlusion,
+    rollout)
 from gptbook.pretrained import load_pretrained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -146,3 +147,47 @@ def test_the_lens_equals_transformers(tmp_path):
         for i, x in enumerate(hidden):  # its last one has passed the norm already
             x = x if i == 3 else theirs.transformer.ln_f(x)
             torch.testing.assert_close(lens[i], theirs.lm_head(x).log_softmax(-1), atol=1e-4, rtol=1e-4)
+
+
+def test_flow_counts_tokens_from_either_end():
+    weights = attention(2, 2, 5)
+    torch.testing.assert_close(attention_flow(weights, -1), attention_flow(weights, 4))
+    assert not torch.allclose(attention_flow(weights, -2), attention_flow(weights, 4))
+    for token in (5, -6):
+        with pytest.raises(IndexError):
+            attention_flow(weights, token)
+
+
+@pytest.mark.parametrize("follow", [mixing_steps, rollout, flow_network])
+def test_one_table_is_not_taken_for_layers(follow):
+    for shape in ((5, 5), (1, 2, 2, 5, 5)):
+        with pytest.raises(ValueError, match="expected"):
+            follow(torch.ones(shape))
+
+
+@pytest.mark.parametrize("ask", [
+    lambda model, ids: gradient_times_input(model, ids), lambda model, ids: occlusion(model, ids),
+    lambda model, ids: logit_lens(model, torch.tensor([ids], dtype=torch.long)),
+])
+def test_modes_stay_and_bad_texts_are_named(ask):
+    model = made()
+    set_seed(0)
+    dropping = GPTModel(GPTConfig(V, 64, 32, 3, 4, drop_rate=0.5))
+    dropping.load_state_dict(model.state_dict())
+    dropping.train().blocks[1].eval()
+    modes = [part.training for part in dropping.modules()]
+    torch.testing.assert_close(ask(dropping, [3, 1, 4]), ask(model, [3, 1, 4]))
+    assert [part.training for part in dropping.modules()] == modes
+    assert ask(model, [3]).shape[-1] in (1, V), "a text of one token"
+    with pytest.raises(ValueError, match="T >= 1"):
+        ask(model, [])
+    with pytest.raises(ValueError, match="token id 99"):
+        ask(model, [3, 99])
+
+
+def test_ids_may_be_a_tensor_and_no_draw_is_no_answer():
+    model, ids = made(), [3, 1, 4]
+    for ask in (gradient_times_input, occlusion):
+        torch.testing.assert_close(ask(model, torch.tensor(ids)), ask(model, ids))
+    with pytest.raises(ValueError, match="draws=0"):
+        occlusion(model, ids, draws=0)

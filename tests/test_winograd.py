@@ -6,7 +6,8 @@ from gptbook.attention import capture_attention
 from gptbook.core import GPTConfig, GPTModel, set_seed
 from gptbook.head_patterns import words_of
 from gptbook.tokenizer import train_bpe
-from gptbook.winograd import SCHEMAS, head_shift, knows, last_word_log_prob
+from gptbook.winograd import (
+    SCHEMAS, Schema, head_shift, knows, last_word_log_prob, schema_words, without_story)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -86,3 +87,50 @@ def test_at_the_pronoun_nothing_can_be_known(reader):
         if len(tokenizer.encode(f"{s.text} {s.words[0]}")) == len(
                 tokenizer.encode(f"{s.text} {s.words[1]}")):
             assert not head_shift(model, tokenizer, s, "pronoun").abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("text", [
+    "The ball broke because it was so",                        # the second noun is missing
+    "The ball broke the table and the table fell as it was",   # one stands twice
+    "Because it was so weak the ball broke the table, so",     # the pronoun comes first
+    "The table broke the ball because it was so",              # the nouns the other way round
+    "The ball broke the table because it said it was so",      # two pronouns
+])
+def test_what_is_not_of_the_form_is_refused(reader, text):
+    wrong = Schema(text, ("hard", "soft"), ("ball", "table"))
+    for ask in (schema_words, without_story, lambda s: knows(*reader, s), lambda s: head_shift(*reader, s)):
+        with pytest.raises(ValueError, match="once each, in this order"):
+            ask(wrong)
+    with pytest.raises(ValueError, match="place='noun'"):
+        head_shift(*reader, SCHEMAS[0], "noun")
+
+
+def test_capitals_and_marks_make_no_difference(reader):
+    plain = Schema("The ball broke the table because it was made of", ("steel", "glass"), ("ball", "table"))
+    marked = plain._replace(text="The ball broke the table, because it was made of")
+    shouted = plain._replace(nouns=("Ball", "Table"), pronoun="It")
+    assert schema_words(marked) == schema_words(plain) == schema_words(shouted)
+    torch.testing.assert_close(head_shift(*reader, shouted), head_shift(*reader, plain))
+    assert (head_shift(*reader, marked) != 0).all()
+    assert knows(*reader, marked._replace(words=("glass", "steel"))) == pytest.approx(-knows(*reader, marked))
+
+
+def test_without_the_story_the_rest_stays():
+    found = [without_story(s) for s in SCHEMAS]
+    assert found[4].text == "There was a fish and there was a worm, and it was"
+    assert found[18].text == "There was a letter and there was an envelope, and it was too"
+    for bare, s in zip(found, SCHEMAS):
+        assert bare[1:] == s[1:] and len(schema_words(bare)) < 16
+        assert bare.text.split()[-2:] == s.text.split()[-2:]
+        story = {*schema_words(s)[: schema_words(s).index(s.pronoun)]} - {"the", "was", *s.nouns}
+        assert not story & {*schema_words(bare)} - {"and", "a"}, "nothing of what happened"
+
+
+def test_modes_stay(reader):
+    model, tokenizer = reader
+    model.train().blocks[0].eval()
+    modes = [part.training for part in model.modules()]
+    for ask in (knows, head_shift):
+        ask(model, tokenizer, SCHEMAS[1])
+        assert [part.training for part in model.modules()] == modes
+    model.eval()
