@@ -156,7 +156,7 @@ def view_of(look: Look, layer: int | None, head: int | None) -> str:
             page = page.replace(counted, own)
     return page
 
-
+# %% ../nbs/11f_attention_command.ipynb #clat0043
 def write_look(look: Look, out: Path, layer: int | None, head: int | None) -> list:
     """Write pictures, view and numbers into a folder; their paths."""
     import io

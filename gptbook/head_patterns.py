@@ -183,7 +183,7 @@ def words_of(tokenizer, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
                       [real[t] for t in tokens_in(ends, start, end)]))
     return words
 
-
+# %% ../nbs/05b_head_patterns.ipynb #patt0057
 REFERRING = set("he she it they him her them his hers its their theirs himself herself "
                 "itself themselves".split())
 PLAIN = {*REFERRING, *("a an the and or but so of to in on at by for with from was "
