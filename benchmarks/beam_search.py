@@ -13,31 +13,17 @@ from statistics import median
 from time import perf_counter
 
 import torch
-from decode_speed import copy_weights
+from decode_speed import pair
 from results_file import record
 from tqdm import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from gptbook.beam import (
     Bans, BeamRules, Beams, beam_search, best_options, continuations, follow,
 )
-from gptbook.core import GPTConfig, GPTModel, pick_device, set_seed
+from gptbook.core import GPTConfig, pick_device
 from gptbook.decoder import Decoder
 
 PROMPT, PENALTY = 64, 1.0
-
-
-def pair(config, device, scale):
-    """Our model and theirs, with the same weights."""
-    set_seed(0)
-    model = GPTModel(config)
-    theirs = GPT2LMHeadModel(GPT2Config(
-        vocab_size=config.vocab_size, n_positions=config.context_length, n_embd=config.emb_dim,
-        n_layer=config.n_layers, n_head=config.n_heads, bos_token_id=0, eos_token_id=0))
-    for p in model.parameters():
-        p.mul_(scale)
-    copy_weights(model, theirs)
-    return model.to(device).eval(), theirs.to(device).eval()
 
 
 def ours(model, ids, width, length):

@@ -46,15 +46,15 @@ def copy_weights(model, theirs):
         block.ln_2.load_state_dict(ours.norm2.state_dict())
 
 
-def pair(config, device):
-    """Our model and theirs, with equal random weights that do not all say the same token."""
+def pair(config, device, scale=2):
+    """Our model and theirs, with equal random weights, scaled so that they have opinions."""
     set_seed(0)
     model = GPTModel(config)
     theirs = GPT2LMHeadModel(GPT2Config(
         vocab_size=config.vocab_size, n_positions=config.context_length, n_embd=config.emb_dim,
         n_layer=config.n_layers, n_head=config.n_heads, bos_token_id=0, eos_token_id=0))
     for p in model.parameters():
-        p.mul_(2)
+        p.mul_(scale)
     copy_weights(model, theirs)
     return model.to(device).eval(), theirs.to(device).eval()
 

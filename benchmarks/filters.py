@@ -7,11 +7,15 @@ The model that travels with the book writes stories with temperature alone, whic
 curve of quality against variety, and with each filter at two strengths, at temperature 1.
 Quality is the share of stories that end by themselves and in which the critic of the story
 world finds no mistake; variety is the share of different four-word phrases (distinct-4).
-`gain` is what a filter's quality lies above that of the temperature (on the straight line
-between its neighbours) that gives the same variety, seed by seed; null outside the curve.
+`gain` is what a filter's quality lies above the curve at the same variety, means over the
+seeds; null outside the curve, which has straight lines between its points. Those bend away
+below a curve that falls ever faster, so the temperatures stand close where it falls. Neighbours
+whose varieties come in the wrong order are one point, their mean. `error` is the gain's
+standard error: both shares are counted, and both varieties have the spread that is seen
+between the seeds (over all settings), which weighs as much as the curve is steep.
 """
 import argparse
-from statistics import mean
+from statistics import mean, variance
 
 import torch
 from results_file import record
@@ -22,7 +26,7 @@ from gptbook.critic import check_story
 from gptbook.generation import generate_text
 from gptbook.sampler import Sampler
 
-TEMPERATURES = (0.4, 0.6, 0.8, 1.0)
+TEMPERATURES = (0.4, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 1.0)
 FILTERS = {
     "top-k": ({"top_k": 50}, {"top_k": 5}),
     "top-p": ({"top_p": 0.9}, {"top_p": 0.7}),
@@ -45,25 +49,56 @@ def judge(model, tokenizer, n: int, seed: int, settings: dict) -> dict:
                          end_of_text=end, seed=seed, sampler=Sampler(**settings))
     texts = [tokenizer.decode([i for i in row if i != end]) for row in rows]
     good = [row[-1] == end and not check_story(text) for row, text in zip(rows, texts)]
-    return {"pass": sum(good) / n, "distinct_4": distinct(texts)}
+    return {"pass": sum(good) / n, "distinct_4": round(distinct(texts), 4)}
 
 
-def at_variety(curve: list, distinct_4: float) -> float | None:
-    """Quality on the curve [(variety, quality)] at this variety; None outside it."""
-    curve = sorted(curve)
+def rising(points: list) -> list:
+    """(variety, quality), coldest first, with neighbours merged until variety rises."""
+    merged = []
+    for variety, quality in points:
+        merged.append((variety, quality, 1))
+        while len(merged) > 1 and merged[-2][0] >= merged[-1][0]:
+            (x, y, n), (x_, y_, n_) = merged.pop(), merged.pop()
+            merged.append(((n * x + n_ * x_) / (n + n_), (n * y + n_ * y_) / (n + n_), n + n_))
+    return [(x, y) for x, y, _ in merged]
+
+
+def at_variety(curve: list, variety: float) -> tuple[float, float] | None:
+    """Quality and slope of the curve [(variety, quality)] there; None outside it."""
     for (x0, y0), (x1, y1) in zip(curve, curve[1:]):
-        if x0 <= distinct_4 <= x1:
-            return y0 + (y1 - y0) * (distinct_4 - x0) / max(x1 - x0, 1e-9)
+        if x0 <= variety <= x1:
+            slope = (y1 - y0) / (x1 - x0)
+            return y0 + slope * (variety - x0), slope
     return None
 
 
-def summary(found: list, curves: list) -> dict:
-    """Means over the seeds, and the gain over temperature alone."""
-    due = [at_variety(c, f["distinct_4"]) for c, f in zip(curves, found)]
-    gains = [round(f["pass"] - d, 4) for f, d in zip(found, due) if d is not None]
-    return {"pass": [f["pass"] for f in found],
-            "distinct_4": [round(f["distinct_4"], 4) for f in found],
-            "gain": gains if len(gains) == len(found) else None}
+def place(found: list) -> tuple[float, float]:
+    """Variety and quality, means over the seeds."""
+    return mean(f["distinct_4"] for f in found), mean(f["pass"] for f in found)
+
+
+def gain(found: list, curve: list, stories: int, spread: float) -> dict:
+    """What a filter has over temperature alone, and the standard error of that."""
+    variety, quality = place(found)
+    if (there := at_variety(curve, variety)) is None:
+        return {"gain": None, "error": None}
+    due, slope = there
+    counted = (quality * (1 - quality) + due * (1 - due)) / (stories * len(found))
+    sideways = 2 * (slope * spread) ** 2 / len(found)
+    return {"gain": round(quality - due, 4), "error": round((counted + sideways) ** 0.5, 4)}
+
+
+def compared(settings: list, found: list, stories: int) -> dict:
+    """The curve of the temperatures, and a row for each setting."""
+    spread = mean(variance(f["distinct_4"] for f in of_one) for of_one in found) ** 0.5
+    curve = rising([place(f) for s, f in zip(settings, found) if "temperature" in s])
+    rows = [{**s, **{key: [one[key] for one in f] for key in ("pass", "distinct_4")}}
+            for s, f in zip(settings, found)]
+    for row, f in zip(rows, found):
+        if "temperature" not in row:
+            row.update(gain(f, curve, stories, spread))
+    return {"stories": stories, "seeds": len(found[0]), "spread": round(spread, 4),
+            "rows": rows, "curve": curve}
 
 
 def main():
@@ -72,6 +107,8 @@ def main():
     parser.add_argument("--stories", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
+    if options.seeds < 2:
+        parser.error("--seeds must be 2 or more: their spread is part of the result")
     torch.set_num_threads(1)
     n = 16 if options.quick else options.stories
     model, tokenizer = load_demo()
@@ -80,12 +117,9 @@ def main():
     found = [[] for _ in settings]
     for i, seed in tqdm([(i, s) for s in range(options.seeds) for i in range(len(settings))]):
         found[i].append(judge(model, tokenizer, n, 10_000 * seed, settings[i]))
-    alone = found[: len(TEMPERATURES)]
-    curves = [[(f[s]["distinct_4"], f[s]["pass"]) for f in alone] for s in range(options.seeds)]
-    rows = [{**s, **summary(f, curves)} for s, f in zip(settings, found)]
-    for row in rows:
+    figures = compared(settings, found, n)
+    for row in figures["rows"]:
         print({k: round(mean(v), 3) if isinstance(v, list) else v for k, v in row.items()})
-    figures = {"stories": n, "seeds": options.seeds, "rows": rows}
     if not options.quick:
         print(record("filters", figures))
 

@@ -90,15 +90,18 @@ def fault(model, cell) -> str | None:
     before, prompt = LOGITS[kind], [i % V for i in range(length)]
     model.head = Dictated(before.clone())
     settings = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    text = None
     try:
         text = generate_text(model, [prompt], length=3, seed=11, **settings)
     except ValueError as error:
-        untyped = "probability tensor" in str(error)
-        return "wrong" if not bad else "untyped" if untyped else None
+        if "probability tensor" in str(error):
+            return "untyped"
     except Exception:
         return "untyped"
-    if bad or not torch.equal(model.head.logits, before):
+    if (text is None) != bad or not model.head.logits.equal(before) and kind != "nan":
         return "wrong"
+    if bad:
+        return None
     kept = oracle_kept(before, **settings)
     luck = torch.rand(3, generator=torch.Generator().manual_seed(11), dtype=torch.double)
     due = [prompt + [oracle_draw(kept, u) for u in luck.tolist()]]

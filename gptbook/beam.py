@@ -7,7 +7,6 @@ __all__ = ['Hypothesis', 'BeamRules', 'BeamTexts', 'Beams', 'Bans', 'beam_steps'
 
 # %% ../nbs/06a_beam_search.ipynb #beam0004
 import math
-import numbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,9 +15,9 @@ from torch import Tensor
 
 from .core import GPTModel
 from .decoder import Decoder
-from .generation import as_rows, check_room, limit_of, ready
+from .generation import adjusted_by, as_rows, check_room, limit_of, ready
 from .sampler import repeated
-from .sampling import check_logits, is_whole, largest
+from .sampling import check_logits, is_number, is_whole, largest, logit_rows
 
 # %% ../nbs/06a_beam_search.ipynb #beam0019
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class BeamRules:
             if not is_whole(value := getattr(self, name)) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number >= 1")
         power, end = self.length_penalty, self.end_of_text
-        real = isinstance(power, numbers.Real) and math.isfinite(power)
+        real = is_number(power) and abs(power) < 1e9
         if not real or abs(power) * math.log(self.max_length) > 300:
             raise ValueError(f"length_penalty={power!r} must be a number, and "
                              f"{self.max_length} to its power not beyond a float")
@@ -146,6 +145,8 @@ class Bans:
         if n is not None and (not is_whole(n) or n < 1):
             raise ValueError(f"no_repeat_ngram={n!r} must be a whole number >= 1, or "
                              "None")
+        if self.adjust is not None and not callable(self.adjust):
+            raise ValueError(f"adjust={self.adjust!r} must be callable, or None")
 
     def any(self, step: int) -> bool:
         """Whether anything may be banned in this step."""
@@ -159,7 +160,8 @@ class Bans:
         for row, text in zip(scores, texts if self.no_repeat_ngram else ()):
             row[repeated(text, self.no_repeat_ngram)] = -math.inf
         if self.adjust:
-            scores = self.adjust(scores, list(range(len(texts))), texts, step)
+            rows = list(range(len(texts)))
+            scores = logit_rows(adjusted_by(self.adjust, scores, rows, texts, step))
             if scores.isnan().any() or (scores == math.inf).any():
                 raise ValueError("adjust returned NaN or inf")
         return scores
@@ -196,8 +198,9 @@ def best_options(
         worth -= diversity * (ids == token)
     n = min(2 * search.rules.width, worth.numel())
     _, order = largest(worth.flatten()[None], n)
-    return [(totals.flatten()[i].item(), i // ids.shape[1], ids.flatten()[i].item())
-            for i in order[0].tolist() if totals.flatten()[i] > -math.inf]
+    totals, tokens = totals.flatten().tolist(), ids.flatten().tolist()
+    return [(totals[i], i // ids.shape[1], tokens[i])
+            for i in order[0].tolist() if totals[i] > -math.inf]
 
 # %% ../nbs/06a_beam_search.ipynb #beam0036
 def places(parents: Sequence[int]) -> list[int]:
@@ -281,12 +284,14 @@ def beam_steps(
     **bans,  # min_length, no_repeat_ngram, adjust
 ) -> Iterator[list[list[Beams]]]:  # of each prompt its groups; they change in place
     """Search step by step, as `beam_search` does; all checks happen at the call."""
-    texts = as_rows(prompt, model.config.vocab_size)
+    vocab_size = model.config.vocab_size
+    texts = as_rows(prompt, vocab_size)
     limit, width = limit_of(model), rules.width * groups
     check_room(texts, rules.max_length, limit, False)
-    bans = Bans(rules.end_of_text, **bans)
-    room = min(max(map(len, texts)) + rules.max_length, limit or math.inf)
-    decoder = ready(model, len(texts) * width, room, False)
+    known = rules.end_of_text in range(vocab_size)  # nobody draws another one
+    bans = Bans(rules.end_of_text if known else None, **bans)
+    room = min(max(map(len, texts)) + int(rules.max_length), limit or math.inf)
+    decoder = ready(model, len(texts) * int(width), room, False)
     searches = [[Beams(text, rules, b) for _ in range(groups)]
                 for b, text in enumerate(texts)]
     return run_search(decoder, texts, searches, bans, diversity)
@@ -303,7 +308,7 @@ def check_groups(beam_width, groups, diversity, n_best) -> None:
     if beam_width % groups:
         raise ValueError(f"beam_width={beam_width} must be a multiple of "
                          f"groups={groups}")
-    real = isinstance(diversity, numbers.Real) and 0 <= diversity < math.inf
+    real = is_number(diversity) and 0 <= diversity < 1e300
     if not real or (groups > 1) != (diversity > 0):
         raise ValueError(f"diversity={diversity!r} with groups={groups}: several need "
                          "a number > 0, or all find the same; one group has none")

@@ -7,7 +7,7 @@ __all__ = ['Tokens', 'TextStream', 'generate_steps', 'generate_text', 'prompt_id
 
 # %% ../nbs/06_generation.ipynb #gene0002
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,11 +27,11 @@ def row_seeds(seed, n_rows: int) -> list[int]:
         seed = int(torch.randint(2**62, ()))
     listed = seed.tolist() if hasattr(seed, "tolist") else seed  # tensors and arrays
     one = not isinstance(listed, Sequence)
-    seeds = [listed + b for b in range(n_rows)] if one else list(listed)
+    seeds = [listed] * n_rows if one else list(listed)
     if len(seeds) != n_rows or not all(map(is_whole, seeds)):
         raise ValueError(f"seed={seed!r}: give one whole number, or one for each of "
                          f"{n_rows} rows")
-    return list(map(int, seeds))
+    return [int(s) + b * one for b, s in enumerate(seeds)]
 
 
 def random_numbers(seed, n_rows: int, length: int) -> Tensor:  # (n_rows, length)
@@ -53,8 +53,9 @@ def as_rows(input_ids, vocab_size: int, n: int = 1) -> list[list[int]]:
         raise ValueError("no prompt: give at least one row of ids")
     if not isinstance(rows[0], (list, tuple)):
         rows = [rows]
+    rows = [list(map(listed, row if isinstance(row, (list, tuple)) else [row]))
+            for row in rows]
     for b, row in enumerate(rows):
-        row = row if isinstance(row, (list, tuple)) else [row]
         bad = [i for i in row if type(i) is not int or not 0 <= i < vocab_size]
         if bad or not row:
             what = f"holds {bad[0]!r}" if bad else "is empty"
@@ -165,7 +166,8 @@ def n_open(text: str, stop: Sequence[str]) -> int:
 
 def stop_strings(stop: str | Sequence[str], tokenizer) -> tuple[str, ...]:
     """As a tuple. Raises `ValueError` for what is no text, or has no tokenizer."""
-    stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    many = isinstance(stop, Iterable) and not isinstance(stop, str)
+    stop = tuple(stop) if many else () if stop is None else (stop,)
     if wrong := [s for s in stop if not isinstance(s, str) or not s]:
         raise ValueError(f"stop={wrong[0]!r} must be a text of at least one character")
     if stop and tokenizer is None:
@@ -221,6 +223,16 @@ def check_ends(end_of_text, min_length, length: int) -> None:
                          f"length={length}")
 
 
+def adjusted_by(adjust, logits, rows, texts, step) -> Tensor:  # (B, V)
+    """What `adjust` makes of logits. Raises `ValueError` for those of another shape."""
+    changed = adjust(logits, rows, texts, step)
+    shape = tuple(changed.shape) if isinstance(changed, Tensor) else changed
+    if shape != tuple(logits.shape):
+        raise ValueError(f"adjust returned {shape!r}, and not logits of shape "
+                         f"{tuple(logits.shape)}")
+    return changed
+
+
 def ending(texts, end_of_text, stop, tokenizer) -> Callable:
     """(row, newest id) -> whether the row ends with it."""
     if not stop:
@@ -239,7 +251,7 @@ def chooser(texts, luck, numbers, sampler, adjust, banned, min_length) -> Callab
 
     def choose(logits, rows, step):
         if adjust is not None:
-            logits = adjust(logits.clone(), rows, texts, step)
+            logits = adjusted_by(adjust, logits.clone(), rows, texts, step)
         if step < min_length:
             logits = logits.clone()
             logits[:, banned] = -math.inf

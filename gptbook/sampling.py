@@ -365,7 +365,7 @@ VIEW_STYLE = (
 
 # %% ../nbs/06_choosing_a_token.ipynb #a0b2b6a4
 def sampling_view(
-    logits: Tensor,  # (V,); at most the 8,192 largest are taken
+    logits: Tensor,  # (V,); the 8,192 largest are taken, banned ones never
     decode,  # id -> the token's text
     *,
     title: str = "",  # the finding, as a sentence
@@ -374,8 +374,10 @@ def sampling_view(
     """A distribution with sliders for four knobs, as self-contained HTML."""
     from gptbook.figures import Display
 
-    values, ids = largest(check_logits(logits), min(logits.numel(), 8192))
-    below = (values[0] - values[0, 0]).clamp(min=-100)  # banned: e^-100 is nothing
+    rows = check_logits(logits)
+    n_allowed = int((rows[0] > -math.inf).sum())  # a banned token has no place in it
+    values, ids = largest(rows, min(n_allowed, 8192))
+    below = (values[0] - values[0, 0]).clamp(min=-100)
     packed = (320 * below).round().to(torch.int16).cpu()
     content = json.dumps({
         "logits": base64.b64encode(packed.numpy().tobytes()).decode(), "scale": 320,

@@ -5,6 +5,7 @@ import random
 import re
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 
@@ -157,6 +158,17 @@ def test_transformers_finds_the_same(recipe, tmp_path):
             ended += sum(one.finished for one in found)
             lengths |= {len(one.new_ids) for one in found}
     assert ended > 8 and len(lengths) > 2, "the grid must hold texts that end"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_ten_beams_on_the_stories_are_those_of_transformers(tmp_path):
+    model, tokenizer = load_demo()
+    theirs, end = exported(model, tmp_path), tokenizer.end_of_text
+    prompt = [end, *tokenizer.encode("Once upon a time")]
+    found = beam_search(model, prompt, 10, 40, 0.0, end_of_text=end)
+    (want,) = transformers_search(theirs, [prompt], 10, 40, 0.0, end, False)
+    assert [one.new_ids for one in found] == [new for new, _ in want]
+    assert [one.score for one in found] == pytest.approx([x for _, x in want], rel=1e-4)
 
 
 def naive_groups(model, prompt, width, length, groups, diversity):
@@ -322,6 +334,17 @@ def test_a_dead_end_stops_the_text(writer):
         beam_search(writer, [3, 5], 3, 10, adjust=lambda x, *_: x.fill_(math.nan))
 
 
+def test_an_end_that_the_model_does_not_have_never_comes(writer):
+    want = beam_search(writer, [3, 5], 3, 6)
+    for end in (61, -1, 10**20):
+        assert beam_search(writer, [3, 5], 3, 6, end_of_text=end, min_length=2) == want
+
+
+def test_numbers_of_numpy_are_whole_numbers_too(writer):
+    want = beam_search(writer, [3, 5], 3, 6, n_best=2)
+    assert beam_search(writer, [3, 5], np.int64(3), np.int64(6), n_best=np.int64(2)) == want
+
+
 def test_fewer_tokens_than_beams():
     """Two tokens, seven beams: the search holds what there is."""
     model = loud(2, 16, scale=6)
@@ -427,6 +450,11 @@ def test_not_a_number_is_an_error():
     (dict(groups=2, diversity=1.0), "beam_width=5"),
     (dict(groups=5, diversity=-1.0), "diversity=-1.0"),
     (dict(groups=5, diversity=math.inf), "diversity=inf"),
+    (dict(groups=5, diversity=True), "diversity=True"),
+    (dict(length_penalty=True), "length_penalty=True"),
+    (dict(length_penalty=10**400), "length_penalty=1000"), (dict(adjust=[1]), r"adjust=\[1\]"),
+    (dict(adjust=lambda x, *_: None), "adjust returned None"),
+    (dict(adjust=lambda x, *_: x[:, :5]), r"adjust returned \(1, 5\)"),
 ])
 def test_errors_name_the_value(writer, options, message):
     with pytest.raises(ValueError, match=message):

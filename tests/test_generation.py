@@ -193,7 +193,7 @@ def test_prompts_come_in_many_forms(writer):
     want = generate_text(writer, [[1, 2, 3]], 5, seed=0)
     for prompt in ([1, 2, 3], (1, 2, 3), torch.tensor([1, 2, 3]), torch.tensor([[1, 2, 3]]),
                    [torch.tensor([1, 2, 3])], np.array([1, 2, 3]), [np.array([1, 2, 3])],
-                   [np.int64(1), 2, 3]):
+                   [np.int64(1), 2, 3], [[np.int64(1), 2, 3]], [[torch.tensor(1), 2, 3]]):
         assert generate_text(writer, prompt, 5, seed=0) == want
     assert generate_text(writer, PROMPTS, 0) == PROMPTS
     kept = [list(p) for p in PROMPTS]
@@ -211,6 +211,7 @@ def test_bad_prompts_are_value_errors(writer, prompt):
 @pytest.mark.parametrize("options", [
     dict(length=-1), dict(length=2.5), dict(temperature=-1), dict(top_k=0), dict(top_p=0),
     dict(seed=[1]), dict(seed="a"), dict(seed=1.5), dict(temperature=None), dict(end_of_text="x"),
+    dict(seed=True), dict(seed={1, 2, 3, 4}), dict(stop=5), dict(stop=False),
 ])
 def test_bad_settings_are_refused_at_the_call(writer, options):
     with pytest.raises(ValueError):
@@ -815,6 +816,13 @@ def test_prompts_of_a_stream(demo):
 def test_more_settings_that_are_refused_at_the_call(writer, options, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         generate_steps(writer, PROMPTS, **{"length": 3, **options})
+
+
+@pytest.mark.parametrize("wrong", [lambda x, *_: None, lambda x, *_: x[:1], lambda x, *_: x[0],
+                                   lambda x, *_: x[:, :5], lambda x, *_: 3.0])
+def test_logits_of_another_shape_are_refused(writer, wrong):
+    with pytest.raises(ValueError, match="adjust returned"):
+        generate_text(writer, PROMPTS, 3, adjust=wrong)
 
 
 def test_streams_refuse_at_the_call(demo):

@@ -1,122 +1,69 @@
 """Samplers at every edge, against a float64 oracle."""
 import itertools
+import json
 import math
 import random
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sampling_oracle import oracle_draw, oracle_kept
-from torch import nn
+from sampling_oracle import oracle_kept
 
-from gptbook import generation, sampling
-from gptbook.core import GPTConfig, GPTModel, set_seed
-from gptbook.generation import generate_text
+from gptbook import sampling
 from gptbook.sampling import (
     candidates, draw, largest, sample, sampling_view, temperature_sampling, top_k_sampling,
     top_p_sampling,
 )
 
-V, CONTEXT = 23, 16
-
-
-def found(logits, **settings):
-    """{id: probability} of one row, as `candidates` has it."""
-    ids, probs = candidates(logits, **settings)
-    return {i: p for i, p in zip(ids[0].tolist(), probs[0].tolist()) if i >= 0}
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import reliability_sampling as trials  # noqa: E402
 
 
 # --- R4: the grid ------------------------------------------------------------------------
 
 
-class Dictated(nn.Module):
-    """A head that says the same logits everywhere, whatever it reads."""
-
-    def __init__(self, logits):
-        super().__init__()
-        self.logits = logits
-
-    def forward(self, x):
-        return self.logits.expand(*x.shape[:-1], -1)
+def faults(cells) -> list:
+    """Those cells in which something is wrong; the benchmark says what a cell asks."""
+    model = trials.small_model()
+    return [cell for cell in cells if trials.fault(model, cell)]
 
 
-TEMPERATURES = (-1.0, 0, 1e-40, 0.3, 1.0, 3, math.nan)
-TOP_K = (None, 0, -1, 1, 2, 5, V, V + 10)
-TOP_P = (None, 0, 1e-9, 0.3, 0.9, 1.0, 1.5)
-LENGTHS = (0, 1, 2, CONTEXT - 3, CONTEXT - 1, CONTEXT + 1)  # of the prompt; 3 tokens follow
-KINDS = ("normal", "equal", "nan", "inf", "banned")
-GRID = list(itertools.product(TEMPERATURES, TOP_K, TOP_P, LENGTHS, KINDS))
-
-
-def dictated_logits():
-    normal = 3 * torch.randn(V, generator=torch.Generator().manual_seed(5))
-    logits = {kind: normal.clone() for kind in KINDS}
-    logits["equal"][:] = 1.5
-    logits["nan"][7], logits["inf"][7] = math.nan, math.inf
-    logits["banned"][torch.arange(V) % 7 != 3] = -math.inf
-    return logits
-
-
-LOGITS = dictated_logits()
-
-
-@pytest.fixture(scope="module")
-def model():
-    set_seed(0)
-    return GPTModel(GPTConfig(V, CONTEXT, 8, 1, 2))
-
-
-def check_cell(model, cell):
-    temperature, top_k, top_p, length, kind = cell
-    bad = (not temperature >= 0 or top_k in (0, -1) or top_p in (0, 1.5)
-           or length == 0 or length + 3 > CONTEXT or kind in ("nan", "inf"))
-    model.head = Dictated(LOGITS[kind].clone())
-    options = dict(length=3, temperature=temperature, top_k=top_k, top_p=top_p, seed=11)
-    prompt = [i % V for i in range(length)]
-    try:
-        text = generate_text(model, [prompt], **options)
-    except ValueError as error:
-        assert bad, f"{cell}: {error}"
-        assert "probability tensor" not in str(error)
-    else:
-        assert not bad, cell
-        kept = oracle_kept(LOGITS[kind], temperature, top_k, top_p)
-        assert set(found(LOGITS[kind], temperature=temperature, top_k=top_k,
-                         top_p=top_p)) == set(kept), cell
-        luck = torch.rand(3, generator=torch.Generator().manual_seed(11), dtype=torch.double)
-        assert text == [prompt + [oracle_draw(kept, u) for u in luck.tolist()]], cell
-    assert torch.equal(model.head.logits, LOGITS[kind]) or kind == "nan"
-
-
-def test_grid_small(model):
-    assert len(GRID) == 11_760
-    for cell in random.Random(0).sample(GRID, 600):
-        check_cell(model, cell)
+def test_grid_small():
+    assert len(trials.GRID) == 11_760
+    assert faults(random.Random(0).sample(trials.GRID, 600)) == []
 
 
 @pytest.mark.slow
-def test_grid_full(model):
-    for cell in GRID:
-        check_cell(model, cell)
+def test_grid_full():
+    assert faults(trials.GRID) == []
 
 
-def test_grid_notices_a_wrong_sampler(model, monkeypatch):
-    """Negative control: a top-p that drops the token that crosses p turns the grid red."""
-    right = candidates
+@pytest.mark.parametrize("bug", trials.BUGS)
+def test_grid_notices_a_wrong_sampler(bug):
+    """Negative controls: each known bug turns the grid red, and it is green again after."""
+    cells = random.Random(1).sample(trials.GRID, 300)
+    with bug():
+        assert faults(cells)
+    assert faults(cells) == []
 
-    def drops_the_crossing_token(logits, temperature=1.0, top_k=None, top_p=None):
-        ids, probs = right(logits, temperature, top_k, top_p)
-        if top_p is not None and (probs > 0).sum() > 1:
-            probs = probs.where(probs > probs[probs > 0].min(), 0)
-        return ids.where(probs > 0, -1), probs
 
-    monkeypatch.setattr(generation, "candidates", drops_the_crossing_token)
-    monkeypatch.setitem(globals(), "candidates", drops_the_crossing_token)
-    with pytest.raises(AssertionError):
-        for cell in random.Random(0).sample(GRID, 600):
-            check_cell(model, cell)
+def test_grid_notices_changed_logits_and_foreign_errors(monkeypatch):
+    def spoils(model, *args, **options):
+        model.head.logits += 1
+        return trials_generate(model, *args, **options)
+
+    def torchs_own(*args, **options):
+        raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+
+    trials_generate, cell = trials.generate_text, (1.0, 2, 0.9, 1, "normal")
+    assert trials.fault(trials.small_model(), cell) is None
+    for wrong, said in ((spoils, "wrong"), (torchs_own, "untyped")):
+        monkeypatch.setattr(trials, "generate_text", wrong)
+        assert trials.fault(trials.small_model(), cell) == said
 
 
 # --- kept sets over many shapes ------------------------------------------------------------
@@ -233,7 +180,7 @@ def test_candidates_are_right_or_a_value_error(row, temperature, top_k, top_p, f
     else:
         assert valid(row, temperature, top_k, top_p)
         kept = oracle_kept(row, temperature, top_k, top_p)
-        ours = found(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+        ours = trials.kept_set(logits, temperature=temperature, top_k=top_k, top_p=top_p)
         assert set(ours) == set(kept)
         assert probs.isfinite().all() and (probs >= 0).all()
         if top_k is not None and temperature != 0 and top_p in (None, 1):
@@ -282,7 +229,8 @@ def test_the_view_is_self_contained_and_small():
     assert "<b>1" not in body and "a &lt; b" in body  # a token's text is no markup
     with pytest.raises(ValueError):
         sampling_view(torch.tensor([0.0, math.nan]), str)
-    sampling_view(torch.tensor([0.0, -math.inf, 3]), str)
+    body = sampling_view(torch.tensor([0.0, -math.inf, 3]), "token {}".format)._repr_html_()
+    assert ["token 2", "token 0"] == json.loads(body.split('"tokens": ')[1].split("}")[0])
 
 
 @pytest.mark.parametrize("temperature", [1e38, 1e39, 1e300, 10**400])
