@@ -101,14 +101,18 @@ def measure_story(text: str) -> str:
             f"{bits / len(text.split()):.2f} a word")
 
 # %% ../nbs/11b_corpus_command.ipynb #3f781589
-def check_file(path: str, encoding: str = "utf-8") -> int:  # 1 if there is a problem
+def check_file(  # 1 if there is a problem
+    path: str, encoding: str = "utf-8", limit: int = 1_000_000
+) -> int:
     """Print what `check_story` says about the stories in a file; "-" is stdin."""
     try:
         with click.open_file(path, encoding=encoding) as file:
-            text = file.read(1_000_000)
+            text = file.read(limit + 1).removeprefix("\ufeff")  # an editor's mark
     except (UnicodeError, LookupError):
         said = f"{path} is not {encoding} text: name its --encoding"
         raise ValueError(said) from None
+    if len(text) > limit:
+        raise ValueError(f"{path} has more than {limit:,} characters: give less")
     stories = list(re.finditer(r"\S.*?(?=\s*\n\s*\n|\s*\Z)", text, re.DOTALL))
     if not stories:
         raise ValueError(f"{path} is empty: give a story")

@@ -203,10 +203,11 @@ def wanted_pattern(settings: dict) -> str | None:
 
     path = settings["json_schema"]
     try:
-        schema = json.loads(read_file(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        return json_pattern(json.loads(read_file(path)))
+    except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    return json_pattern(schema)
+    except RecursionError:
+        raise ValueError(f"{path}: its parts lie too deep inside each other") from None
 
 
 def constraint_of(task, length: int):  # a Constraint, or None

@@ -284,6 +284,8 @@ def written(content) -> str:
 def literal_pattern(schema: dict, place: Place) -> str:
     """`const` and `enum`: given values, as far as they are of the type."""
     values = schema["enum"] if "enum" in schema else [schema["const"]]
+    if not isinstance(values, list):
+        place.fail(f"enum={values!r:.20} must be a list of values")
     if "type" in schema:
         kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
         values = [v for v in values if kind_of(v) in kinds
@@ -320,7 +322,8 @@ def string_pattern(schema: dict, place: Place) -> str:
         return f'"{CHAR}{{{low},{"" if high is None else high}}}"'
     if (low, high) != (0, None):
         place.fail("'pattern' beside a length is not supported: count in the pattern")
-    text = schema["pattern"]
+    if not isinstance(text := schema["pattern"], str):
+        place.fail(f"pattern={text!r:.20} must be a text")
     tree, more = parse_pattern(text), ("times", ("set", [(0, LAST)]), 0, None)
     begins, ends = text.startswith("^"), re.search(r"(?<!\\)(?:\\\\)*\$$", text)
     if tree[0] == "or" and (begins or ends):
@@ -375,8 +378,10 @@ def members(parts: list, space: str) -> str:
 def object_pattern(schema: dict, place: Place) -> str:
     """An object: its properties in order; the required ones must be there."""
     properties, required = schema.get("properties", {}), schema.get("required", [])
-    if missing := set(required) - set(properties):
-        place.fail(f"{min(missing)!r} is required and has no schema")
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        place.fail("'properties' must be an object, and 'required' a list of names")
+    if missing := [name for name in required if name not in list(properties)]:
+        place.fail(f"{missing[0]!r:.40} is required and has no schema")
     if type(schema.get("additionalProperties", True)) is not bool:
         place.fail("'additionalProperties' with a schema is not supported")
     parts = [(f"{written(name)}:{place.space}{value_pattern(one, place.at(name))}",

@@ -46,6 +46,9 @@ def parse_pattern(pattern: str) -> tuple:
     return tree
 
 # %% ../nbs/06ba_patterns.ipynb #pttn0012
+NOTHING = ("then", [])  # the empty text, which may come any number of times
+
+
 def choice(cursor: Cursor) -> tuple:
     """Alternatives: `cat|dog`."""
     parts = [sequence(cursor)]
@@ -61,7 +64,8 @@ def sequence(cursor: Cursor) -> tuple:
         if cursor.peek(2) == "$":  # the last character of the pattern
             cursor.take()
             break
-        parts.append(repeated(cursor))
+        if (part := repeated(cursor)) != NOTHING:
+            parts.append(part)
     return ("then", parts)
 
 # %% ../nbs/06ba_patterns.ipynb #pttn0014
@@ -91,7 +95,7 @@ def repeated(cursor: Cursor) -> tuple:
         cursor.fail("a possessive count, or a count of a count", start)
     if COUNT.match(cursor.text, cursor.at):
         cursor.fail("a count of a count: put the first into (?:…)", cursor.at)
-    return ("times", part, low, high)
+    return NOTHING if high == 0 or part == NOTHING else ("times", part, low, high)
 
 # %% ../nbs/06ba_patterns.ipynb #pttn0016
 LAST = 0x10FFFF  # the largest code point
@@ -294,19 +298,19 @@ class Subsets:
         self.ids, self.sets, self.accepting = {}, [], []
         self.table = np.full((16, 256), -1, np.int32)  # -1: not looked at yet
         self.table[self.number(frozenset())] = DEAD
-        self.number(self.closure(start))
+        self.number(self.closure(frozenset([start])))
 
-    def closure(self, state: int) -> frozenset:
+    def closure(self, states: frozenset) -> frozenset:
         """What is reached without a byte, as far as it reads one or is the end."""
-        if state not in self.free:
-            seen, queue = {state}, [state]
+        if states not in self.free:
+            seen, queue = set(states), [*states]
             for s in queue:
                 new = [t for t in self.network.free[s] if t not in seen]
                 seen.update(new)
                 queue += new
             reads = self.network.edges
-            self.free[state] = frozenset(s for s in seen if reads[s] or s == 0)
-        return self.free[state]
+            self.free[states] = frozenset(s for s in seen if reads[s] or s == 0)
+        return self.free[states]
 
     def number(self, states: frozenset) -> int:
         """The number of a set; a new one gets the next."""
@@ -333,8 +337,8 @@ class Automaton(Subsets):
         edges = [edge for s in self.sets[state] for edge in self.network.edges[s]]
         cuts = {0, 256, *(low for low, _, _ in edges), *(h + 1 for _, h, _ in edges)}
         for a, b in pairwise(sorted(cuts)):  # between two cuts all bytes are alike
-            ends = [self.closure(t) for low, high, t in edges if low <= a <= high]
-            self.table[state, a:b] = self.number(frozenset().union(*ends))
+            ends = frozenset(t for low, high, t in edges if low <= a <= high)
+            self.table[state, a:b] = self.number(self.closure(ends))
 
     def step(self, states: np.ndarray, data: np.ndarray) -> np.ndarray:
         """Where each state goes with its byte, for many at once."""

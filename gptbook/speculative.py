@@ -17,7 +17,8 @@ from torch import Tensor
 from .core import GPTModel
 from .decoder import Decoder
 from gptbook.generation import (
-    as_rows, check_room, limit_of, random_numbers, ready, row_seeds,
+    as_rows, check_choice, check_ends, check_room, limit_of, random_numbers, ready,
+    row_seeds,
 )
 from .sampler import Sampler
 from .sampling import draw, is_whole
@@ -242,6 +243,9 @@ def speculating(model, draft, n_prompt: int, length: int, deterministic) -> Deco
     """A decoder that has room for a text and can take a draft back.
 
     Raises `ValueError` if there is none."""
+    if not isinstance(draft, Draft):
+        raise ValueError(f"draft={type(draft).__name__} is no `Draft`: "
+                         "ModelDraft(model) makes one of a model")
     limit, room = limit_of(model), n_prompt + max(length, 1)
     if limit is not None and n_prompt + length > limit:
         raise ValueError(f"{n_prompt} tokens of prompt and {length} new ones do not "
@@ -281,10 +285,13 @@ def speculative_steps(
         raise ValueError(f"{len(texts)} prompts: speculation goes on with one at a "
                          "time; `speculative_text` takes them in turn")
     check_room(texts, length, limit_of(model), slide=True)
-    if sampler is not None and (temperature, top_k, top_p) != (1.0, None, None):
-        raise ValueError("temperature, top_k and top_p belong to the sampler here: "
-                         "give them to it, or leave out sampler=")
-    sampler = sampler or Sampler(temperature, top_k, top_p)
+    numbers = temperature, top_k, top_p
+    check_choice(numbers, sampler, None, model.config.vocab_size)
+    check_ends(end_of_text, 0, length)
+    sampler = Sampler(*numbers) if sampler is None else sampler
+    if not isinstance(sampler, Sampler):
+        raise ValueError(f"sampler={sampler!r:.60} must be a `Sampler`: a guess is "
+                         "weighed by its probabilities")
     (seed,), text = row_seeds(seed, 1), texts[0]
     luck = random_numbers(seed, 1, 3 * length).view(3, length)
     decoder = speculating(model, draft, len(text), length, deterministic)

@@ -3,6 +3,7 @@
 R17: at least 50 bad calls a command, in-process through `main`, and three a command through
 a real process: exit 2, at most three lines, no traceback, nothing written."""
 
+import ast
 import re
 import shlex
 import subprocess
@@ -15,7 +16,7 @@ from commands_workspace import (  # noqa: F401, two of them are fixtures
     GPTBOOK, ROOT, FAST, check_bad, command, here, listing, workspace,
 )
 from gptbook import cli, cli_corpus, cli_train
-from gptbook.cli import TABLE, Command, call, commands, explain, main
+from gptbook.cli import EXTRAS, TABLE, Command, call, commands, explain, main
 from gptbook.presets import PRESETS
 
 
@@ -226,10 +227,71 @@ def test_a_bug_of_ours_keeps_its_traceback(here, monkeypatch, capsys):
      "there is not enough memory"),
     (FloatingPointError("not finite"), "not finite"), (ValueError(), "ValueError"),
     (RuntimeError("a bug"), None), (KeyError("x"), None), (TypeError("x"), None),
+    (ModuleNotFoundError("No module named 'cycler'", name="cycler"),
+     'this needs cycler, which is not installed: pip install "gptbook[plots]"'),
+    (ModuleNotFoundError(name="tokenizers"),
+     'this needs tokenizers, which is not installed: pip install "gptbook[pretrained]"'),
+    (ModuleNotFoundError(name="gptbook.nothing"), None), (ModuleNotFoundError(), None),
+    (ModuleNotFoundError(name="matplotlib.nothing"), None),
+    (ImportError("cannot import name 'x'", name="matplotlib"), None),
 ])
 def test_explain(error, told):
     text = explain(error)
     assert text == told or told and text.startswith(told)
+
+
+def listed(what: str) -> set:
+    """The packages in a list of pyproject.toml."""
+    rows = re.search(rf"^{what} = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.M)
+    return set(re.findall(r'"(\w+)', rows[1]))
+
+
+def test_extras_are_those_of_the_package():
+    brings = {name: extra for extra in ("plots", "gpt2", "pretrained") for name in listed(extra)}
+    assert EXTRAS == {**brings, "cycler": "plots"}  # which matplotlib brings
+
+
+def test_whatever_is_imported_is_a_dependency_or_an_extra():
+    found = set()
+    for node in (n for path in (ROOT / "gptbook").glob("*.py")
+                 for n in ast.walk(ast.parse(path.read_text()))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module.split(".")[0])
+    others = found - sys.stdlib_module_names - listed("dependencies") - {"gptbook"}
+    assert others - set(EXTRAS) == {"IPython", "triton"}  # a notebook's, and PyTorch's for CUDA
+
+
+PLAIN = ("import sys\nfrom gptbook.cli import EXTRAS, main\n"
+         "sys.modules.update(dict.fromkeys(EXTRAS))  # None: as if it were not installed\n")
+
+
+def test_a_plain_install_says_what_is_missing(here):
+    code = PLAIN + "sys.exit(main(sys.argv[1:]))"
+    words = ["analyze-attention", "--checkpoint", "best_model.safetensors", "--out", "looks"]
+    before = listing(here)
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and listing(here) == before, done.stderr
+    error, hint = done.stderr.splitlines()
+    assert error.startswith("Error: this needs ") and error.endswith('pip install "gptbook[plots]"')
+    assert hint == "Try 'gptbook analyze-attention --help'."
+
+
+def test_a_plain_install_has_all_other_commands(here, tmp_path):
+    demo = "--checkpoint best_model.safetensors"
+    lines = [f"generate {demo} --length 3", "corpus --data good.txt", f"chat {demo} --length 3",
+             f"export {demo} --to pt --out {tmp_path}/x.pt", "analyze-attention --help",
+             f"train --data good.txt {FAST} --steps 2 --out {tmp_path}/run"]
+    code = PLAIN + f"for line in {[*map(shlex.split, lines)]}: assert main(line) == 0, line"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, input="")
+    assert done.returncode == 0, done.stderr
+
+
+def test_advice_for_training_is_given_where_it_trains():
+    told = explain(RuntimeError("no memory for step 3. In this order: smaller; out of memory"))
+    assert told.startswith("no memory for step 3: try --accumulate 1")
+    assert "--accumulate" not in explain(MemoryError())  # of `gptbook generate`, say
 
 
 def test_ctrl_c_is_one_line_and_130(here, monkeypatch, capsys):

@@ -58,3 +58,22 @@ def test_corpus_checks_in_the_encoding_that_it_is_told(tmp_path, capsys, here):
     assert "0 problems" in capsys.readouterr().out
     said = check_bad(capsys, tmp_path, line)
     assert "wide.txt" in said and "utf-8" in said and "--encoding" in said
+
+
+def test_corpus_judges_no_beginning_of_a_file(tmp_path, capsys, here):
+    """A verdict on the first million characters would be told as one on the file."""
+    wrong = corrupt_story(story_text(0, 5), "wrong_pronoun").text
+    (tmp_path / "long.txt").write_text((story_text(0, 5) + "\n\n") * 9 + "\n" * 10**6 + wrong)
+    said = check_bad(capsys, tmp_path, ["corpus", "--check", str(tmp_path / "long.txt")])
+    assert "more than 1,000,000 characters" in said
+
+
+def test_corpus_does_not_judge_the_mark_of_an_editor(tmp_path, capsys, here):
+    """The three bytes that some editors put at the beginning are no part of a story."""
+    wrong = corrupt_story(story_text(0, 5), "wrong_pronoun").text
+    told = []
+    for mark in (b"", b"\xef\xbb\xbf"):
+        (tmp_path / "marked.txt").write_bytes(mark + wrong.encode())
+        assert main(["corpus", "--check", str(tmp_path / "marked.txt")]) == 1
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1] and "wrong pronoun" in told[0] and "1 problem" in told[0]

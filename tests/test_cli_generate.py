@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from commands_workspace import (  # noqa: F401, two of them are fixtures
-    GPTBOOK, ROOT, generate, here, tiny_model, workspace,
+    GPTBOOK, ROOT, check_bad, generate, here, tiny_model, workspace,
 )
 from gptbook import cli
 from gptbook.beam import beam_search
@@ -400,3 +400,11 @@ def test_pieces_come_while_it_writes(here, monkeypatch):
                         None if err else seen.append((len(drawn), text)))
     cli.main(shlex.split("generate --checkpoint . --length 9 --prompt 'The cat' --seed 1"))
     assert [n for n, _ in seen[1:6]] == [1, 2, 3, 4, 5] and seen[0] == (0, "The cat")
+
+
+def test_a_schema_that_is_nested_without_end_is_bad_input(here, tmp_path, capsys):
+    """Deep enough for the walk through it, not for the reader of JSON."""
+    schema = '{"anyOf": [' * 900 + '{"type": "null"}' + "]}" * 900
+    (tmp_path / "nested.json").write_text(schema)
+    said = check_bad(capsys, tmp_path, ["generate", "--json-schema", str(tmp_path / "nested.json")])
+    assert "too deep" in said

@@ -11,26 +11,13 @@ import pytest
 import torch
 
 from commands_workspace import (
-    FAST, GPTBOOK, TEXT, check_bad, generate, train,
+    FAST, GPTBOOK, TEXT, check_bad, generate, losses, same, train, weights,
 )
 from gptbook import cli_train
 from gptbook.checkpoints import load_model
 from gptbook.cli import main
 from gptbook.compilation import why_not_compile
 from gptbook.core import GPTConfig
-
-
-def weights(folder) -> dict:
-    return load_model(Path(folder, "best_model.safetensors")).model.state_dict()
-
-
-def same(a: dict, b: dict) -> bool:
-    return all(torch.equal(x, b[name]) for name, x in a.items())
-
-
-def losses(folder) -> list:
-    rows = map(json.loads, Path(folder, "log.jsonl").read_text().splitlines())
-    return [row["loss"] for row in rows]
 
 
 def test_train_to_generate(tmp_path, monkeypatch, capsys):

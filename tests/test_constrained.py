@@ -407,6 +407,12 @@ def test_space_is_what_one_asks_for():
     ({"$defs": {"t": {"type": "array", "items": {"$ref": "#/$defs/t"}}}, "$ref": "#/$defs/t"}, "itself"),
     ({"type": "string", "pattern": "a", "minLength": 2}, "beside a length"),
     ({"type": "string", "pattern": "^a|b$"}, "one side only"), ({"oneOf": [{"type": "null"}]}, "type=None"),
+    ({"enum": "abc"}, "enum='abc' must be a list"), ({"enum": 5}, "enum=5 must be"),
+    ({"type": "string", "pattern": 5}, "pattern=5 must be a text, at # "),
+    ({"type": "object", "properties": ["a"]}, "'properties' must be an object"),
+    ({"type": "object", "required": True}, "'required' a list"),
+    ({"type": "object", "required": "a", "properties": {"a": {"type": "null"}}}, "'required' a list"),
+    ({"type": "object", "required": [["a"]]}, "['a'] is required and has no schema"),
     ({"type": "string", "pattern": "a(?=b)"}, "lookahead"), ({"const": float("nan")}, "JSON"),
 ])
 def test_schemas_that_are_refused(schema, said):

@@ -184,12 +184,40 @@ def test_byte_ranges_hold_each_character_once_and_no_surrogate(low, high):
 
 def test_every_character_is_one_dot():
     """All 1,112,064 characters at once, and nothing that is not a character."""
-    machine, state = Automaton(r"[\s\S]"), START
-    codes = [c for c in range(0, 0x110000, 37) if not 0xD800 <= c <= 0xDFFF]
-    assert all(machine.matches(chr(c)) for c in codes)
+    machine, sizes = Automaton(r"[\s\S]"), {}
+    for code in range(0x110000):
+        if not 0xD800 <= code <= 0xDFFF:
+            data = chr(code).encode()
+            sizes.setdefault(len(data), bytearray()).extend(data)
+    assert sum(len(data) // size for size, data in sizes.items()) == 1_112_064
+    for size, data in sizes.items():
+        columns = np.frombuffer(bytes(data), np.uint8).reshape(-1, size).T
+        states = np.full(columns.shape[1], START)
+        for column in columns:
+            assert not np.array(machine.accepting)[states].any()  # not in the middle of one
+            states = machine.step(states, column)
+        assert np.array(machine.accepting)[states].all()
     for data in (b"\xc0\x80", b"\xe0\x80\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xff", b"\x80",
                  b"\xc3", b"\xf0\x80\x80\x80"):
         assert not machine.accepting[machine.run(data)], data
+
+
+def test_nothing_repeated_is_nothing():
+    """A thousand million times the empty text must not be built."""
+    for pattern in ("(?:(?:(?:){1000}){1000}){1000}", "((a{0}){1000}){1000}", "()*"):
+        assert parse_pattern(pattern) == ("then", [])
+        assert Automaton(pattern).matches("") and not Automaton(pattern).matches("a")
+    assert Automaton("(a|){3}b").matches("aab")
+
+
+def test_a_row_follows_the_free_edges_once(monkeypatch):
+    """From 2,500 states at once, not from each of them: that took minutes."""
+    calls, right = [], Automaton.closure
+    machine = Automaton("(?:(?:a?){50}){50}")
+    monkeypatch.setattr(patterns.Automaton, "closure",
+                        lambda self, states: calls.append(1) or right(self, states))
+    machine.run(b"aa")
+    assert len(calls) <= 6  # three ranges of bytes a row
 
 
 def test_steps_at_once_are_steps_one_by_one():
@@ -234,5 +262,5 @@ def test_the_tree_has_four_kinds():
 
 
 def test_without_the_free_edges_a_loop_is_missed(monkeypatch):
-    monkeypatch.setattr(patterns.Automaton, "closure", lambda self, state: frozenset([state]))
+    monkeypatch.setattr(patterns.Automaton, "closure", lambda self, states: states)
     assert verdicts_differ("a(b|c)*", ["a", "ab", "abc"])
