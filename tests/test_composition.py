@@ -15,44 +15,9 @@ from gptbook.core import (
     MultiHeadAttention, Positions, naive_attention, replace_modules, sdpa, set_seed,
 )
 from gptbook.inference import KVCache
+from outside_parts import NoPositions, Rotary, SlidingWindow
 
 V, T = 61, 20
-
-
-@dataclass(frozen=True)
-class Window:
-    """A local mask, as a part from outside: its `window` makes the cache a ring."""
-
-    window: int
-
-    def __call__(self, q_pos, k_pos):
-        return (q_pos >= k_pos) & (q_pos - k_pos < self.window)
-
-    def is_causal(self, n_keys):
-        return n_keys <= self.window
-
-
-class Rotary(nn.Module):
-    """A rotation of q and k by their positions, as a part from outside."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.half = config.head_dim // 2
-
-    def forward(self, x, positions):
-        frequency = 100.0 ** (-torch.arange(self.half, device=x.device) / self.half)
-        angle = positions.index[:, None, :, None] * frequency
-        a, b = x.chunk(2, -1)
-        return torch.cat([a * angle.cos() - b * angle.sin(),
-                          a * angle.sin() + b * angle.cos()], -1)
-
-
-class NoPositions(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-
-    def forward(self, x, positions):
-        return x
 
 
 class Gated(nn.Module):
@@ -69,7 +34,7 @@ class Gated(nn.Module):
 
 def alternating(config, layer, **kwargs):
     """Windowed and full layers in turn, so that rings and plain buffers meet."""
-    mask = {} if layer % 2 else {"mask": Window(5)}
+    mask = {} if layer % 2 else {"mask": SlidingWindow(5)}
     return MultiHeadAttention(config, layer, **mask, **kwargs)
 
 
@@ -80,7 +45,7 @@ def nearer_is_stronger(q_pos, k_pos):
 ATTENTION = {
     "full": MultiHeadAttention,
     "naive": partial(MultiHeadAttention, kernel=naive_attention),
-    "window": partial(MultiHeadAttention, mask=Window(5)),
+    "window": partial(MultiHeadAttention, mask=SlidingWindow(5)),
     "alternating": alternating,
     "rotary": partial(MultiHeadAttention, rotary=Rotary),
     "alternating rotary": partial(alternating, rotary=Rotary),
