@@ -146,6 +146,17 @@ BAD = {
         "--colour red", "stories", "--number", "--check", "--data", "--encoding", "-v",
         *(f"--number {x} --data good.txt" for x in NUMBERS),
     ],
+    "analyze-attention": [
+        *(f"--checkpoint {x}" for x in [*BAD_CHECKPOINTS, "mute.safetensors"]),
+        *(f"--layer {x}" for x in ["-1", "x", "1.5", "''", str(2**63)]),
+        *(f"--head {x}" for x in ["-1", "x", "1.5", "''"]),
+        *(f"--seed {x}" for x in BAD_SEEDS), *(f"--device {x}" for x in BAD_DEVICES),
+        *(f"--checkpoint best_model.safetensors {x}" for x in [
+            "--layer 1", "--head 2", "--text ''", "--text ' '", "--text '\ud800'",
+            "--text '" + "the mat " * 99 + "'", "--out good.txt", "--out good.txt/x",
+            "--out /dev/null/x", "--out '\0'", *(f"--out {x}" for x in NAMES)]),
+        "--colour red", "some words", "--text", "--word", "--show-plots yes",
+    ],
 }
 
 
