@@ -779,6 +779,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'gptbook.head_patterns.relation_name': ( 'head_patterns.html#relation_name',
                                                                                 'gptbook/head_patterns.py'),
                                        'gptbook.head_patterns.relations': ('head_patterns.html#relations', 'gptbook/head_patterns.py'),
+                                       'gptbook.head_patterns.stack_layers': ( 'head_patterns.html#stack_layers',
+                                                                               'gptbook/head_patterns.py'),
                                        'gptbook.head_patterns.token_ends': ('head_patterns.html#token_ends', 'gptbook/head_patterns.py'),
                                        'gptbook.head_patterns.tokens_in': ('head_patterns.html#tokens_in', 'gptbook/head_patterns.py'),
                                        'gptbook.head_patterns.word_attention': ( 'head_patterns.html#word_attention',

@@ -13,6 +13,7 @@ from gptbook.head_patterns import (
     induction_scores, pattern_scores, relation_name, relations, token_ends, tokens_in, word_report,
     words_of)
 from gptbook.stories import story
+from gptbook.structured_pruning import prune_heads
 from gptbook.tokenizer import train_bpe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -92,6 +93,21 @@ def test_the_start_token_stands_before_each_row(monkeypatch):
     plain, started = induction_scores(model, 9, rows=3), induction_scores(model, 9, rows=3, start=7)
     assert (seen[1][:, 0] == 7).all() and torch.equal(seen[1][:, 1:], seen[0])
     assert torch.equal(seen[0][:, :9], seen[0][:, 9:]) and plain.shape == started.shape == (2, 2)
+
+
+def test_layers_with_different_numbers_of_heads():
+    """A pruned model: refused as a whole, and measured where layers are alike."""
+    set_seed(0)
+    model = GPTModel(GPTConfig(50, 100, 16, 3, 4)).eval()
+    whole = induction_scores(model, 9)
+    torch.testing.assert_close(induction_scores(model, 9, layers=[1]), whole[1:2])
+    prune_heads(model, {2: [0, 3]})
+    with pytest.raises(ValueError, match=r"different numbers of heads, \[4, 4, 2\]: name some"):
+        induction_scores(model, 9)
+    torch.testing.assert_close(induction_scores(model, 9, layers=[0, 1]), whole[:2])
+    assert induction_scores(model, 9, layers=[2]).shape == (1, 2)
+    with pytest.raises(ValueError, match="layer 3 is not there"):
+        induction_scores(model, 9, layers=[3])
 
 
 @pytest.mark.parametrize("training", [True, False])
