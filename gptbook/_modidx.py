@@ -640,6 +640,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'gptbook.figures.Drawing.ax': ('figures.html#drawing.ax', 'gptbook/figures.py'),
                                  'gptbook.figures.Drawing.body': ('figures.html#drawing.body', 'gptbook/figures.py'),
                                  'gptbook.figures.Drawing.save': ('figures.html#drawing.save', 'gptbook/figures.py'),
+                                 'gptbook.figures._apart': ('figures.html#_apart', 'gptbook/figures.py'),
                                  'gptbook.figures._arrow': ('figures.html#_arrow', 'gptbook/figures.py'),
                                  'gptbook.figures._bar': ('figures.html#_bar', 'gptbook/figures.py'),
                                  'gptbook.figures._box': ('figures.html#_box', 'gptbook/figures.py'),

@@ -147,14 +147,9 @@ def view_of(look: Look, layer: int | None, head: int | None) -> str:
     from gptbook.figures import attention_view
     from gptbook.pictures import view_page
 
-    page = view_page(attention_view(
-        look.table(), look.labels, head=head or 0, limit=50_000_000,
-        title=f"{Path(look.name).name}: what each token looks at"))
-    if layer is not None:
-        for counted in ("layer ${l}", "layer ${a}", 'layer " + a'):
-            own = f"layer {layer}" + '"' * counted.count('"')
-            page = page.replace(counted, own)
-    return page
+    return view_page(attention_view(
+        look.table(), look.labels, head=head or 0, first_layer=layer or 0,
+        limit=50_000_000, title=f"{Path(look.name).name}: what each token looks at"))
 
 # %% ../nbs/11f_attention_command.ipynb #clat0043
 def write_look(look: Look, out: Path, layer: int | None, head: int | None) -> list:
@@ -168,7 +163,6 @@ def write_look(look: Look, out: Path, layer: int | None, head: int | None) -> li
     with warnings.catch_warnings():  # a picture may lack letters; the view has all
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         for name, drawing in pictures(look, layer, head).items():
-            drawing.title = drawing.title.replace("$", r"\$")  # two were a formula
             drawing.save(buffer := io.BytesIO(), format="png")
             ready[f"{name}.png"] = buffer.getvalue()
     ready["view.html"] = view_of(look, layer, head).encode()
@@ -212,6 +206,7 @@ def attention_command(
         --out looks/tom
     gptbook analyze-attention --text "The cat sat"          (untrained, to compare)
     """
+    import gptbook.figures  # noqa: F401, says at once if matplotlib is not installed
     from gptbook.checkpoints import describe
     from gptbook.core import pick_device
 

@@ -135,7 +135,8 @@ class Drawing(Display):
         """Write the figure with its title; the suffix decides: .svg, .png, .pdf."""
         figure = deepcopy(self.figure)            # the page's figure stays as it is
         with rc_context(STYLE):
-            figure.suptitle(self.title, x=0.01, ha="left", weight="bold")
+            figure.suptitle(self.title, x=0.01, ha="left", weight="bold",
+                            parse_math=False)
             figure.savefig(path, format=format)
 
 # %% ../nbs/00a_figures.ipynb #d040b068
@@ -175,20 +176,32 @@ def _numbers(values, name: str, axes: int = None) -> np.ndarray:
     return array
 
 
+def _apart(wish: list, gap: float) -> np.ndarray:
+    """Places a gap apart, as near as can be to rising wishes (isotonic regression)."""
+    pools = []                                          # (mean, members), pushed as one
+    for i, y in enumerate(wish):
+        pools.append((y - i * gap, 1))
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (a, m), (b, k) = pools.pop(), pools.pop()
+            pools.append(((m * a + k * b) / (m + k), m + k))
+    return np.repeat(*zip(*pools)) + gap * np.arange(len(wish))
+
+
 def _label_ends(ax, ends: list) -> None:
     """Write each label at its line's end, pushed apart where they would touch."""
     notes = [ax.annotate(label, (x, y), (7, 0), textcoords="offset points", va="center",
                          color=color, annotation_clip=False)
              for label, x, y, color in ends]
-    ax.figure.draw_without_rendering()                  # the layout decides the scale
-    at = [ax.transData.transform(e[1:3])[1] * 72 / ax.figure.dpi for e in ends]
-    order = np.argsort(at)
-    wish = np.array(at)[order]
-    steps = np.arange(len(wish)) * 12.5                 # a line of text, in points
-    place = np.maximum.accumulate(wish - steps) + steps     # upwards only,
-    place += np.mean(wish - place)                      # and back to the middle
-    for i, y in zip(order, place):
-        notes[i].set_position((7, y - at[i]))
+    for _ in range(2):                                  # what is pushed moves the layout
+        ax.figure.draw_without_rendering()
+        at = np.array([ax.transData.transform(e[1:3])[1] * 72 / ax.figure.dpi for e in ends])
+        order = np.argsort(at, kind="stable")
+        place = _apart(at[order], 12.5)                 # a line of text, in points
+        for i, y in zip(order, place):
+            notes[i].set_position((7, y - at[i]))
+        if np.allclose(place, at[order]):
+            break
+
 
 # %% ../nbs/00a_figures.ipynb #e121f88d
 #| code-fold: true
@@ -625,8 +638,8 @@ VIEW_DRAW = r"""
 const heads = $(".h"), big = $(".m canvas"), words = $(".k"), B = [], K = [];
 const tell = (a, k) => {
   K.forEach((b, j) => b.classList.toggle("on", j === a || j === k));
-  say(`layer ${l}, head ${h}: \u201c${word(a)}\u201d gives \u201c${word(k)}\u201d ` +
-      `${(100 * w(l, h, a, k)).toFixed(1)} % of its attention`);
+  say(`layer ${l + D.first}, head ${h}: \u201c${word(a)}\u201d gives ` +
+      `\u201c${word(k)}\u201d ${(100 * w(l, h, a, k)).toFixed(1)} % of its attention`);
 };
 const follow = t => {
   press(K, q = t);
@@ -641,8 +654,8 @@ const pick = i => {
 };
 heads.style.gridTemplateColumns = `auto repeat(${H}, minmax(0, 2.7rem))`;
 for (let i = 0, a = 0; i < L * H; a = Math.floor(++i / H)) {
-  if (i % H === 0) make("span", heads).textContent = "layer " + a;
-  B.push(button(heads, `layer ${a}, head ${i % H}`, () => pick(i)));
+  if (i % H === 0) make("span", heads).textContent = `layer ${a + D.first}`;
+  B.push(button(heads, `layer ${a + D.first}, head ${i % H}`, () => pick(i)));
   paint(make("canvas", B[i]), a, i % H, 1);
 }
 D.tokens.forEach((_, t) => {
@@ -685,6 +698,7 @@ def attention_view(
     layer: int = 0,       # shown first
     head: int = 0,        # shown first
     token: int = None,    # followed first; default: the last
+    first_layer: int = 0,  # what the first of these layers is called
     limit: int = 60_000,  # bytes that the view may take in the page
 ) -> Display:
     """Attention to explore: pick a head, hover a pair, click a token, or use arrows."""
@@ -693,7 +707,8 @@ def attention_view(
     at = [layer, head, shape[2] - 1 if token is None else token]
     if not all(0 <= a < n for a, n in zip(at, shape)):
         raise ValueError(f"layer, head, token {at} lie outside {list(shape)}")
-    content = json.dumps({"shape": shape, "at": at, "tokens": tokens, "data": data})
+    content = json.dumps({"shape": shape, "at": at, "tokens": tokens, "data": data,
+                          "first": first_layer})
     view = f"gba-{hashlib.sha1(content.encode()).hexdigest()[:8]}-{next(VIEWS)}"
     page = VIEW_HTML.replace("__JS__", VIEW_DATA + VIEW_DRAW + VIEW_KEYS)
     page = page.replace("__ID__", view)

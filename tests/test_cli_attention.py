@@ -127,9 +127,7 @@ def test_the_view_of_one_layer_has_its_number(here, tmp_path):
     for words, at in (("--layer 2", "n"), ("", "o")):
         assert analyze(f"--checkpoint {demo} {words}", tmp_path / at).code == 0
     one, whole = (tmp_path / at / "view.html" for at in "no")
-    assert one.read_text().count("layer 2") == 3 == len(re.findall(
-        r'layer \$\{|layer " \+', whole.read_text()))
-    assert not re.search(r'layer \$\{|layer " \+', one.read_text())
+    assert '"first": 2' in one.read_text() and '"first": 0' in whole.read_text()
     if find_chromium() is None:
         pytest.skip("no Chromium here")
     with Browser() as browser:

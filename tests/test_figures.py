@@ -14,12 +14,12 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptbook import figures
 from gptbook.figures import (HEAT, INK, PALETTE, Drawing, attention_view, bars, boxes,
-                             canvas, claims_table, grid, heatmap, inline_svg, lines, spans,
+                             _apart, canvas, claims_table, grid, heatmap, inline_svg, lines, spans,
                              word_bars)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -220,7 +220,17 @@ def test_lines_has_one_pair_of_axes_and_its_data():
         assert np.allclose(line.get_ydata(), values)
 
 
+@pytest.mark.parametrize("wish, place", [
+    ([0, 5, 9], [0, 5, 9]), ([3, 3], [2, 4]), ([-9, 3, 3, 3, 20], [-9, 1, 3, 5, 20]),
+    ([0, 1, 4.5, 5], [-0.5, 1.5, 3.75, 5.75]), ([0, 0, 2.5], [-7 / 6, 5 / 6, 17 / 6])])
+def test_labels_move_no_further_than_they_must(wish, place):
+    """Least squares under the gap; whoever stands alone stays where the line ends."""
+    assert np.allclose(_apart(wish, 2), place)
+
+
 @given(st.lists(st.integers(-50, 50).map(lambda n: n / 5), min_size=2, max_size=6))
+@example([5.6, 5.6, 5.4, 6.8, -6.6, 6.6])  # pushed past the top: the layout gives way
+@example([-2.6, -3.2, 6.0, 6.0])
 @settings(max_examples=6, deadline=None)
 def test_labels_at_line_ends_do_not_touch(ends):
     drawing = lines([0, 1], {str(i): [0, y] for i, y in enumerate(ends)}, title="T")
