@@ -6,10 +6,11 @@
 `copying`: two layers of width 64 read random tokens that are told again after 8 to 32 tokens, ten
 seeds. `fixed`: the same with one distance, which can be counted. `stories`: the default model of
 `gptbook train`. Stored at steps that grow like a power: the loss, what a token costs in both copies
-of random rows told twice; for the first seed the strongest attention of each layer by distance; at
-the end of each run the attention of all heads, and what it costs if the token that far back were
-another one. For the stories: the loss early and late in a text, and the share of
-referents that each head finds one token before a pronoun.
+of random rows told twice; for the first seed the strongest attention of each layer by distance, and
+at its end what the second copy costs while one head writes its mean; at the end of each run the
+attention of all heads, and what it costs if the token that far back were another one. For the
+stories: the loss early and late in a text, and the share of referents that each head finds one
+token before a pronoun.
 """
 import argparse
 
@@ -18,9 +19,11 @@ import torch.nn.functional as F
 from results_file import RESULTS, load, record
 
 from gptbook.attention import capture_attention
-from gptbook.attention_history import AttentionDiary, by_distance, cost_by_distance, told_twice
+from gptbook.attention_history import (
+    AttentionDiary, by_distance, cost_by_distance, told_twice, twice)
 from gptbook.core import GPTConfig, GPTModel, init_weights, set_seed
 from gptbook.data import TokenDataset, tokenize
+from gptbook.effects import mean_of_heads, without_heads
 from gptbook.head_patterns import answers, relations
 from gptbook.initial_weights import init_copying
 from gptbook.presets import PRESETS
@@ -61,6 +64,18 @@ def with_attention(model) -> dict:
     return {**of_copying(model), "attention": [[round(x, 3) for x in row] for row in strongest.tolist()]}
 
 
+def without_each_head(model) -> list:
+    """Nats a token in the second copy while one head writes its mean over other rows: (L, H)."""
+    means = mean_of_heads(model, [twice(model, N, start=V, rows=64, seed=2)])
+    costs = []
+    for layer, heads in means.items():
+        costs.append([])
+        for head in range(len(heads)):
+            with without_heads(model, [(layer, head)], "mean", means):
+                costs[-1].append(told_twice(model, N, start=V)[1])
+    return costs
+
+
 def copying(steps: int, seed: int = 0, distances=tuple(range(8, 33)), look=of_copying) -> list:
     """Random tokens told again: what comes can be known from what followed the last time."""
     set_seed(seed)
@@ -76,6 +91,10 @@ def copying(steps: int, seed: int = 0, distances=tuple(range(8, 33)), look=of_co
         "by distance": by_distance(model.eval(), N, start=V).tolist(),
         "cost by distance": cost_by_distance(model, N, start=V).tolist(),
         "second copy by length": {n: told_twice(model, n, start=V)[1] for n in (12, 20, 28)}}
+    if look is with_attention:
+        far = {n: by_distance(model, n, start=V)[1] for n in (12, 20, 28)}
+        diary.entries[-1] |= {"without a head": without_each_head(model), "looks back by length": {
+            n: int(table.amax(0).argmax()) for n, table in far.items()}}
     return diary.entries
 
 

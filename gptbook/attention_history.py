@@ -7,13 +7,15 @@ __all__ = ['due', 'AttentionDiary', 'token_limit', 'twice', 'told_twice', 'by_di
 
 # %% ../nbs/05e_through_training.ipynb #thru0004
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .attention import capture_attention
 from .core import GPTModel
+from .effects import evaluating
+from .head_patterns import stack_layers
 
 # %% ../nbs/05e_through_training.ipynb #thru0007
 def due(step: int, per_doubling: int = 8) -> bool:
@@ -32,12 +34,8 @@ class AttentionDiary:
 
     def write(self, model: GPTModel, step: int, loss: float | None = None) -> None:
         """Write down how the model is now; its mode stays what it was."""
-        modes = [(module, module.training) for module in model.modules()]
-        with torch.no_grad():
-            entry = {"step": step, "loss": loss, **self.look(model.eval())}
-        for module, training in modes:
-            module.training = training
-        self.entries.append(entry)
+        with torch.no_grad(), evaluating(model):
+            self.entries.append({"step": step, "loss": loss, **self.look(model)})
 
     def __call__(self, run) -> None:
         if due(run.step):
@@ -45,64 +43,86 @@ class AttentionDiary:
 
 # %% ../nbs/05e_through_training.ipynb #thru0010
 def token_limit(model: GPTModel, start: int | None = None) -> int:
-    """How many tokens may be drawn: all, or those below a start token."""
+    """How many tokens may be drawn: all, or those below a start token.
+
+    Raises `ValueError` for a start token that is not there."""
     n = model.config.vocab_size
-    return n if start is None else min(start, n)
+    if start is not None and not 0 <= start < n:
+        raise ValueError(f"start token {start} is outside the vocabulary of {n}")
+    return n if start is None else start
 
 
 def twice(model: GPTModel, n: int, rows: int = 16, seed: int = 1, start=None) -> Tensor:
-    """Ids (rows, 2 n), or one more: random rows told twice, behind a start token."""
-    source = torch.Generator().manual_seed(seed)
-    limit = token_limit(model, start)
-    ids = torch.randint(limit or 1, (rows, n), generator=source)
+    """Ids (rows, 2 n), or one more: random rows told twice, behind a start token.
+
+    Raises `ValueError` unless 2 tokens or more stand in a row and can be drawn."""
+    source, limit = torch.Generator().manual_seed(seed), token_limit(model, start)
+    if min(n, limit) < 2:
+        raise ValueError(f"rows of {n} tokens out of {limit}: both must be at least 2")
+    ids = torch.randint(limit, (rows, n), generator=source)
     first = ids.new_full((rows, start is not None), start or 0)
-    return torch.cat([first, ids, ids], 1)
+    return torch.cat([first, ids, ids], 1).to(next(model.parameters()).device)
 
-
+# %% ../nbs/05e_through_training.ipynb #thru0056
 @torch.no_grad()
 def told_twice(model: GPTModel, n: int, start: int | None = None, **options) -> tuple:
     """Nats a token in the first and in the second copy of random rows of n tokens."""
     ids = twice(model, n, start=start, **options)
-    log_p = model(ids[:, :-1]).float().log_softmax(-1)
+    with evaluating(model):
+        log_p = model(ids[:, :-1]).float().log_softmax(-1)
     losses = -log_p.gather(2, ids[:, 1:, None])[..., 0][:, -(2 * n - 1):]
     return losses[:, : n - 1].mean().item(), losses[:, n:].mean().item()
 
 
 @torch.no_grad()
-def by_distance(model: GPTModel, n: int, start: int | None = None, **options) -> Tensor:
-    """(L, H, n + 1): attention from the second copy to each distance, 0 to n."""
+def by_distance(
+    model: GPTModel,
+    n: int,
+    start: int | None = None,
+    layers: Sequence[int] | None = None,  # which; None: all
+    **options,  # of `twice`: rows, seed
+) -> Tensor:
+    """(L, H, n + 1): attention from the second copy to each distance, 0 to n.
+
+    Raises `ValueError` for layers with different numbers of heads."""
     ids = twice(model, n, start=start, **options)
-    with capture_attention(model) as captured:
+    with evaluating(model), capture_attention(model, layers) as captured:
         model(ids)
     q = torch.arange(n, 2 * n) + (start is not None)
-    weights = torch.stack(list(captured.weights.values()))  # (L, B, H, T, T)
-    return torch.stack([weights[..., q, q - d].mean((1, 3)) for d in range(n + 1)], 2)
+    return stack_layers([  # w: (B, H, T, T)
+        torch.stack([w[..., q, q - d].mean((0, 2)) for d in range(n + 1)], 1).cpu()
+        for w in captured.weights.values()])
 
 # %% ../nbs/05e_through_training.ipynb #thru0011
 @torch.no_grad()
 def cost_by_distance(
     model: GPTModel, n: int, start: int | None = None, **options
 ) -> Tensor:  # (n + 1,), nats
-    """What the next token of the second copy costs more, with another token d back."""
-    ids = twice(model, n, start=start, **options)
-    limit = token_limit(model, start)
+    """What the next token of the second copy costs more, with another token d back.
+
+    Raises `ValueError` for rows of fewer than 3 tokens."""
+    if n < 3:
+        raise ValueError(f"rows of {n} tokens have no place to ask: at least 3")
+    ids, limit = twice(model, n, start=start, **options), token_limit(model, start)
     first, costs = int(start is not None), []
     for q in range(first + n + 1, first + 2 * n - 1, 3):
         changed = ids.repeat(n + 2, 1, 1)  # one for each distance, and one that stays
         for d in range(n + 1):
             changed[d, :, q - d] = (ids[:, q - d] + 1) % limit
-        log_p = model(changed.flatten(0, 1))[:, q].float().log_softmax(-1)
+        with evaluating(model):
+            log_p = model(changed.flatten(0, 1))[:, q].float().log_softmax(-1)
         right = ids[:, q + 1].repeat(n + 2)[:, None]
         lost = -log_p.gather(1, right).view(n + 2, -1).mean(1)
         costs.append(lost[:-1] - lost[-1])
-    return torch.stack(costs).mean(0)
+    return torch.stack(costs).mean(0).cpu()
 
 # %% ../nbs/05e_through_training.ipynb #thru0012
 def birth(steps: list, scores: list) -> int | None:
     """The first step at which a score is past half of its last value, and stays there.
 
-    None if it never rose: the last value is less than twice the first."""
-    if scores[-1] < 2 * max(scores[0], 1e-9):
+    None if it never rose: the last value is less than twice the first, or there is
+    none."""
+    if not scores or scores[-1] < 2 * max(scores[0], 1e-9):
         return None
     late = [step for step, score in zip(steps, scores) if score < scores[-1] / 2]
     return next(step for step in steps if not late or step > late[-1])

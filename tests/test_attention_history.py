@@ -12,6 +12,7 @@ from gptbook.core import GPTConfig, GPTModel, MultiHeadAttention, set_seed
 from gptbook.data import TokenDataset
 from gptbook.head_patterns import induction_scores
 from gptbook.runs import TrainConfig
+from gptbook.structured_pruning import prune_heads
 from gptbook.training import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,6 +49,28 @@ def test_a_diary_leaves_the_run_as_it_is():
     assert [m.training for m in model.modules()] == before and diary.entries[-1]["loss"] is None
 
 
+def test_modes_come_back_after_an_error():
+    model = GPTModel(GPTConfig(40, 32, 16, 2, 2)).train()
+    diary = AttentionDiary(lambda model: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        diary.write(model, 0)
+    assert all(m.training for m in model.modules()) and not diary.entries
+
+
+def test_dropout_is_off_and_modes_come_back():
+    """Asked in the middle of training, every measure is that of the model at rest."""
+    set_seed(0)
+    model = GPTModel(GPTConfig(40, 32, 16, 2, 2, drop_rate=0.5))
+    def measure():
+        return [torch.tensor(told_twice(model, 6)), by_distance(model, 6), cost_by_distance(model, 6)]
+    rest = measure() if not model.eval().training else None
+    model.train().blocks[0].eval()
+    before = [m.training for m in model.modules()]
+    for a, b in zip(measure(), rest):
+        assert torch.equal(a, b)
+    assert [m.training for m in model.modules()] == before
+
+
 def at_distance(d, q_pos, k_pos):
     return 100.0 * (q_pos - k_pos == d)
 
@@ -71,6 +94,37 @@ def test_distances_hold_the_induction_score():
             p.mul_(5)
     torch.testing.assert_close(by_distance(model, 9, rows=5, seed=3)[..., 8],
                                induction_scores(model, 9, 5, seed=3))
+
+
+def test_layers_with_different_numbers_of_heads():
+    set_seed(0)
+    model = GPTModel(GPTConfig(40, 64, 16, 2, 4)).eval()
+    whole = by_distance(model, 7)
+    prune_heads(model, {1: [0, 3]})
+    with pytest.raises(ValueError, match=r"different numbers of heads, \[4, 2\]: name some"):
+        by_distance(model, 7)
+    torch.testing.assert_close(by_distance(model, 7, layers=[0]), whole[:1])
+    assert by_distance(model, 7, layers=[1], start=39).shape == (1, 2, 8)
+    assert len(cost_by_distance(model, 7)) == 8 and len(told_twice(model, 7)) == 2
+
+
+def test_rows_that_cannot_be_told():
+    model = GPTModel(GPTConfig(40, 64, 16, 2, 2)).eval()
+    for measure in (told_twice, by_distance, cost_by_distance):
+        for n in (0, 1):
+            with pytest.raises(ValueError, match=f"rows of {n} tokens"):
+                measure(model, n)
+        for start in (0, 1):  # nothing stands below it, or one token only
+            with pytest.raises(ValueError, match=f"out of {start}: both must be at least 2"):
+                measure(model, 5, start=start)
+        for start in (-1, 40):
+            with pytest.raises(ValueError, match=f"start token {start} is outside the vocabulary of 40"):
+                measure(model, 5, start=start)
+        with pytest.raises(ValueError, match="64 positions"):
+            measure(model, 33)
+    with pytest.raises(ValueError, match="rows of 2 tokens have no place to ask"):
+        cost_by_distance(model, 2)
+    assert cost_by_distance(model, 3, start=2).shape == (4,)
 
 
 @pytest.mark.parametrize("start", [None, 39])
@@ -140,6 +194,7 @@ def test_births():
     assert birth([0, 5, 9], [0.0, 0.9, 0.9]) == 5
     assert birth([0, 5, 9, 12], [0.0, 0.9, 0.1, 0.9]) == 12
     assert birth([0, 5], [0.6, 1.0]) is None
+    assert birth([], []) is None
 
 
 def test_attention_is_not_left_hooked():
