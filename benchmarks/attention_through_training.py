@@ -172,7 +172,8 @@ def main():
             stored = (RESULTS / "attention_through_training.json").exists()
             others = load("attention_through_training")["figures"] if stored else {}
             figures = {**others, name: entries}
-            print(record("attention_through_training", {n: figures[n] for n in runs if n in figures}))
+            figures = {n: figures[n] for n in runs if n in figures}
+            print(record("attention_through_training", figures, arguments=[]))
 
 
 if __name__ == "__main__":

@@ -49,12 +49,13 @@ def versions() -> dict:
     return found
 
 
-def command() -> str:
+def command(arguments: list | None = None) -> str:
     """The command line that runs now, with paths relative to the repository."""
     script = Path(sys.argv[0]).resolve()
     root = RESULTS.parent.parent
     name = script.relative_to(root) if script.is_relative_to(root) else Path(script.name)
-    arguments = [Path(a).name if a.startswith(("/", "..", "~")) else a for a in sys.argv[1:]]
+    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = [Path(a).name if a.startswith(("/", "..", "~")) else a for a in arguments]
     return shlex.join(["python", str(name), *arguments])
 
 
@@ -62,11 +63,12 @@ def record(
     name: str,               # results/NAME.json
     figures: dict,           # JSON values: what was measured
     folder: Path = RESULTS,  # where to write
+    arguments: list | None = None,  # that make the whole file, where it was made in parts
 ) -> Path:                   # the file
     """Write `figures` with machine, versions, date and command; atomic, so never half a file."""
     content = {
         "name": name, "figures": figures, "machine": machine(), "versions": versions(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "command": command(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "command": command(arguments),
     }
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"   # fails before it writes
     folder.mkdir(parents=True, exist_ok=True)

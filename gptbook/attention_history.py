@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .attention import capture_attention
 from .core import GPTModel
-from .effects import evaluating
 from .head_patterns import stack_layers
+from .training import evaluating
 
 # %% ../nbs/05e_through_training.ipynb #thru0007
 def due(step: int, per_doubling: int = 8) -> bool:

@@ -192,9 +192,10 @@ def _label_ends(ax, ends: list) -> None:
     notes = [ax.annotate(label, (x, y), (7, 0), textcoords="offset points", va="center",
                          color=color, annotation_clip=False)
              for label, x, y, color in ends]
-    for _ in range(2):                                  # what is pushed moves the layout
+    for _ in range(2):                                 # what is pushed moves the layout
         ax.figure.draw_without_rendering()
-        at = np.array([ax.transData.transform(e[1:3])[1] * 72 / ax.figure.dpi for e in ends])
+        dots = ax.transData.transform([end[1:3] for end in ends])[:, 1]
+        at = dots * 72 / ax.figure.dpi
         order = np.argsort(at, kind="stable")
         place = _apart(at[order], 12.5)                 # a line of text, in points
         for i, y in zip(order, place):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .core import GPTModel, embed, make_positions
-from .effects import evaluating
+from .training import evaluating
 
 # %% ../nbs/05d_flow.ipynb #flow0008
 def mixing_steps(weights: Tensor) -> Tensor:  # (L, H, T, T) or (L, T, T) -> (L, T, T)

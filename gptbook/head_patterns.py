@@ -19,6 +19,7 @@ from .attention import capture_attention
 from .core import GPTModel
 from .grammar import POINTING
 from .stories import Story, stem, subjects
+from .training import evaluating
 
 # %% ../nbs/05b_head_patterns.ipynb #patt0009
 def habits(ids: Sequence[int]) -> dict[str, Tensor]:  # name -> (T, T) bool
@@ -86,13 +87,10 @@ def induction_scores(
                          f"positions")
     source = torch.Generator().manual_seed(seed)
     ids = torch.randint(model.config.vocab_size, (rows, n), generator=source)
-    device, mode = next(model.parameters()).device, model.training
     ids = torch.cat([ids.new_full((rows, first), start or 0), ids, ids], 1)
-    try:
-        with torch.no_grad(), capture_attention(model, layers) as captured:
-            model.eval()(ids.to(device))
-    finally:
-        model.train(mode)
+    with (torch.no_grad(), evaluating(model) as device,
+          capture_attention(model, layers) as captured):
+        model(ids.to(device))
     q = torch.arange(n, 2 * n) + first
     return stack_layers([w[:, :, q, q - n + 1].mean((0, 2)).cpu()
                          for w in captured.weights.values()])

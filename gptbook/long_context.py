@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import GPTConfig, GPTModel
+from .training import evaluating
 
 # %% ../nbs/03aa_long_context.ipynb #lcc00009
 @torch.no_grad()
@@ -26,10 +27,8 @@ def loss_by_position(
     """What a token costs at each place of the row; the model's mode comes back.
 
     Raises `ValueError` for no rows, rows of two lengths, and targets of -100."""
-    mode, total, rows = model.training, 0.0, 0
-    device = next(model.parameters()).device
-    model.eval()
-    try:
+    total, rows = 0.0, 0
+    with evaluating(model) as device:
         for input_ids, targets in batches:
             if (targets < 0).any():
                 raise ValueError("a target is -100: every place needs all rows")
@@ -38,8 +37,6 @@ def loss_by_position(
             if rows and total.shape != losses.shape[1:]:
                 raise ValueError(f"rows of {len(total)} and {losses.shape[1]} tokens")
             total, rows = total + losses.double().sum(0), rows + len(losses)
-    finally:
-        model.train(mode)
     if not rows:
         raise ValueError("there is no row to measure: the batches are empty")
     return (total / rows).float().cpu()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .architecture import SwiGLU
 from .core import GPTConfig, GPTModel, Positions
+from .training import evaluating
 
 # %% ../nbs/03c_mixture_of_experts.ipynb #moe00010
 class Routing(NamedTuple):
@@ -236,7 +237,6 @@ def expert_choices(
 
     Raises `ValueError` if the model has no router."""
     said, hooks = {}, []
-    modes = {module: module.training for module in model.modules()}
     for name, part in model.named_modules():
         if isinstance(part, ExpertLayer):
             def look(part, inputs, name=name):
@@ -245,10 +245,9 @@ def expert_choices(
     if not hooks:
         raise ValueError("the model has no MixtureOfExperts")
     try:
-        model.eval()(input_ids)
+        with evaluating(model):
+            model(input_ids)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
     return said

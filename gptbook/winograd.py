@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .attention import capture_attention
 from .core import GPTModel
-from .effects import evaluating
 from .head_patterns import words_of
+from .training import evaluating
 
 # %% ../nbs/05f_a_real_model.ipynb #wino0015
 class Schema(NamedTuple):

@@ -7,8 +7,9 @@ import torch
 import gptbook  # noqa: F401, registers all recipes
 from gptbook.core import RECIPES, GPTConfig, GPTModel, sdpa, set_seed
 from gptbook.effects import (
-    WAYS, edit_heads, evaluating, losses_at, mean_of_heads, patch_effects, record_heads, without_heads)
+    WAYS, edit_heads, losses_at, mean_of_heads, patch_effects, record_heads, without_heads)
 from gptbook.structured_pruning import prune_heads
+from gptbook.training import evaluating
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 V = 53
@@ -194,3 +195,15 @@ def test_the_mode_of_each_part_is_back():
         assert not any(part.training for part in dropping.modules())
         raise RuntimeError("stop")
     assert [part.training for part in dropping.modules()] == modes
+
+
+def test_patches_of_layers_with_different_numbers_of_heads():
+    """Never a table whose rows mix the heads of two layers."""
+    model, ids, other = made(), texts(), texts().flip(1)
+    whole = patch_effects(model, ids, other, lambda logits: logits[:, 0])
+    prune_heads(model, {1: [0, 2]})
+    with pytest.raises(ValueError, match=r"numbers of heads, \[4, 2, 4\]"):
+        patch_effects(model, ids, other, lambda logits: logits[:, 0])
+    some = patch_effects(model, ids, other, lambda logits: logits[:, 0], layers=[0, 2])
+    assert some.shape == (2, 4) and whole.shape == (3, 4)
+    assert patch_effects(model, ids, other, lambda logits: logits[:, 0], layers=[1]).shape == (1, 2)

@@ -22,7 +22,8 @@ from gptbook.core import GPTConfig, GPTModel, LossModel
 from gptbook.precision import precision_for
 from gptbook.runs import KERNELS, NonFiniteError, TrainConfig, kernels_of, use_kernel
 from gptbook.training import (
-    compute_gradients, evaluate_loss, make_optimizer, parameter_groups, show_samples, train,
+    compute_gradients, evaluate_loss, evaluating, make_optimizer, parameter_groups, show_samples,
+    train,
 )
 from tiny_runs import DATA, HELD_OUT, SIZES, a_model, some_data
 
@@ -190,6 +191,19 @@ def test_losses_equal_transformers():
 
 
 # measuring --------------------------------------------------------------------------
+
+def test_a_frozen_part_sleeps_on_after_it_was_measured():
+    model = a_model().train()
+    model.blocks[0].eval()  # as one freezes a part
+    modes = [part.training for part in model.modules()]
+    assert {*modes} == {True, False}
+    evaluate_loss(model, DATA, batches=1)
+    assert [part.training for part in model.modules()] == modes
+    with pytest.raises(ZeroDivisionError), evaluating(model) as device:
+        assert not any(part.training for part in model.modules()) and device.type == "cpu"
+        1 / 0
+    assert [part.training for part in model.modules()] == modes
+
 
 @pytest.mark.parametrize("n, batch_size", [(17, 1), (100, 2), (161, 7), (200, 64)])
 def test_evaluate_is_a_mean_over_tokens(n, batch_size):
