@@ -3,12 +3,18 @@
 import os
 
 import pytest
+from hypothesis import settings
 
 for name, value in {
     "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "MPLBACKEND": "agg",
 }.items():
     os.environ.setdefault(name, value)
+
+# the same examples each time; HYPOTHESIS_PROFILE=search looks for others, and keeps what it finds
+settings.register_profile("repeat", derandomize=True, deadline=None)
+settings.register_profile("search", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
 
 @pytest.fixture
