@@ -329,6 +329,11 @@ def heatmap(
         ax.set(xlabel=xlabel, ylabel=ylabel)
         if n == m:
             ax.set(aspect="equal", anchor="W")
+        figure.draw_without_rendering()
+        seen = [label.get_window_extent() for label in ax.get_xticklabels()]
+        if columns is not None and any(a.x1 + 2 > b.x0 for a, b in zip(seen, seen[1:])):
+            ax.set_xticks(ax.get_xticks(), ax.get_xticklabels(), rotation=35,
+                          ha="right", rotation_mode="anchor")  # they would touch
     said = f"Heat map, {n} by {m}. {title}. {ylabel} by {xlabel}."
     return Drawing(figure, said, title)
 

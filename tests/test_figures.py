@@ -220,6 +220,17 @@ def test_lines_has_one_pair_of_axes_and_its_data():
         assert np.allclose(line.get_ydata(), values)
 
 
+@pytest.mark.parametrize("length", [1, 12])
+def test_names_of_columns_do_not_touch(length):
+    drawing = heatmap(np.eye(3, 14), columns=["m" * length] * 14, title="T")
+    drawing.figure.draw_without_rendering()
+    labels = drawing.ax.get_xticklabels()
+    seen = [label.get_window_extent() for label in labels]
+    apart = all(a.x1 < b.x0 for a, b in zip(seen, seen[1:]))
+    turned = {label.get_rotation() for label in labels}
+    assert turned == ({0} if length == 1 else {35}) and apart == (length == 1)
+
+
 @pytest.mark.parametrize("wish, place", [
     ([0, 5, 9], [0, 5, 9]), ([3, 3], [2, 4]), ([-9, 3, 3, 3, 20], [-9, 1, 3, 5, 20]),
     ([0, 1, 4.5, 5], [-0.5, 1.5, 3.75, 5.75]), ([0, 0, 2.5], [-7 / 6, 5 / 6, 17 / 6])])

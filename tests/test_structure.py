@@ -239,6 +239,16 @@ def never_run(root: Path) -> list[str]:
     return wrong
 
 
+def white_legends(root: Path) -> list[str]:
+    """Legends in matplotlib's own white frame, on which nothing can be read in the dark."""
+    wrong = []
+    for page, cells in notebooks(root).items():
+        shown = json.dumps([cell.get("outputs") for cell in cells])
+        if "opacity: 0.8; stroke: #cccccc" in shown:
+            wrong.append(f"{page}: a legend has a white frame: ax.legend(frameon=False)")
+    return wrong
+
+
 def exercises(root: Path) -> list[str]:
     """Three to five exercises a page, each a stub, a solution and a check that says what is
     wrong."""
@@ -296,8 +306,8 @@ def outside_toc(root: Path) -> list[str]:
 
 
 CHECKS = (import_order, orphans, exported_twice, missing_docstrings, star_imports, pickles,
-          network_at_import, local_paths, unclean, limits, never_run, exercises, results,
-          missing_files, outside_toc)
+          network_at_import, local_paths, unclean, limits, never_run, white_legends, exercises,
+          results, missing_files, outside_toc)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -392,6 +402,18 @@ def test_a_name_exported_twice_is_seen(tree):
     for module in ("core", "figures"):
         tree.write(f"gptbook/{module}.py", "__all__ = ['lines']\n")
     assert exported_twice(tree.root) == ["lines is exported by core and figures"]
+
+
+@pytest.mark.parametrize("frame", [True, False])
+def test_a_white_legend_is_seen(tree, frame):
+    figures = pytest.importorskip("gptbook.figures")
+    figure, ax = figures.canvas()
+    ax.plot([0, 1], label="a")
+    ax.legend(frameon=frame)
+    shown = {"output_type": "display_data", "metadata": {},
+             "data": {"text/html": figures.inline_svg(figure)}}
+    tree.page("00_core", [*good_cells("core"), code("ax", outputs=[shown])])
+    assert len(white_legends(tree.root)) == frame
 
 
 def test_a_missing_docstring_is_seen(tree):
