@@ -82,7 +82,8 @@ fresh: $(STAMP)  ## run the pages again and compare their stored outputs (PAGES=
 reliability: $(STAMP)  ## the full counts of the reliability scoreboard (long)
 	@for script in $(wildcard benchmarks/reliability*.py) benchmarks/pretrained.py; do \
 	  echo "== $$script"; $(QUIET_ENV) $(PY) $$script || exit 1; done
-	@HYPOTHESIS_PROFILE=search $(QUIET_ENV) $(PY) -m pytest -m slow
+	@$(QUIET_ENV) $(PY) -m pytest -m slow
+	@HYPOTHESIS_PROFILE=search $(QUIET_ENV) $(PY) -m pytest $$(grep -l hypothesis tests/test_*.py)
 
 bench: $(STAMP)  ## run every benchmark and write benchmarks/results (long)
 	@for script in $(filter-out benchmarks/results_file.py benchmarks/reliability% benchmarks/pretrained.py, \

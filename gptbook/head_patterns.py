@@ -240,7 +240,7 @@ def word_report(row: Tensor, words: list, i: int, top: int, means: str) -> list[
             said.append(f"{line}  # {name}" if name else line)
     return [f"  '{words[i][0]}' attends most to:", *said]
 
-
+# %% ../nbs/05b_head_patterns.ipynb #patt0060
 def attention_report(
     weights: dict[int, Tensor],  # layer -> (1, H, T, T), as captured
     tokenizer,

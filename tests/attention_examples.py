@@ -8,17 +8,6 @@ from gptbook.core import Positions, set_seed
 
 
 @dataclass(frozen=True)
-class Last:
-    window: int
-
-    def __call__(self, q_pos, k_pos):
-        return (q_pos >= k_pos) & (q_pos - k_pos < self.window)
-
-    def is_causal(self, n_keys):
-        return n_keys <= self.window
-
-
-@dataclass(frozen=True)
 class All:
     def __call__(self, q_pos, k_pos):
         return (q_pos == q_pos) & (k_pos == k_pos)

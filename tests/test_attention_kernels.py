@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
-from attention_examples import All, Documents, Last, by_distance, example, padded, with_gradients
+from attention_examples import All, Documents, by_distance, example, padded, with_gradients
+from outside_parts import SlidingWindow
 
 from gptbook import attention_kernels
 from gptbook.attention_kernels import (
@@ -27,14 +28,14 @@ TRITON_TRIED = "3.9."  # the interpreter of 3.6 failed where the kernel was righ
 
 # The kernels of PyTorch --------------------------------------------------------------
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-@pytest.mark.parametrize("mask", [Causal(), Last(7), Documents(10)], ids=str)
+@pytest.mark.parametrize("mask", [Causal(), SlidingWindow(7), Documents(10)], ids=str)
 @pytest.mark.parametrize("sizes", [dict(), dict(Tq=13, Tk=41), dict(K=4, Tq=1, Tk=9)], ids=str)
 def test_flex_is_the_formula(mask, sizes):
     qkv, where = example(**sizes, dtype=torch.float32)
     qkv = [y.detach() for y in qkv]
     out = flex(*qkv, **where, mask=mask)
     assert_close(out, naive_attention(*qkv, **where, mask=mask), atol=1e-5, rtol=1e-5)
-    other = naive_attention(*qkv, **where, mask=Last(1))
+    other = naive_attention(*qkv, **where, mask=SlidingWindow(1))
     assert sizes.get("Tq") == 1 and mask != Causal() or not torch.allclose(out, other, atol=1e-3)
 
 
@@ -76,14 +77,14 @@ def test_flex_takes_empty_inputs(sizes):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float64, 1e-6)])
 def test_flex_in_other_dtypes(dtype, tolerance):
     qkv, where = example(dtype=dtype)
-    out = flex(*(y.detach() for y in qkv), **where, mask=Last(7))
-    right = naive_attention(*(y.detach().double() for y in qkv), **where, mask=Last(7))
+    out = flex(*(y.detach() for y in qkv), **where, mask=SlidingWindow(7))
+    right = naive_attention(*(y.detach().double() for y in qkv), **where, mask=SlidingWindow(7))
     assert out.dtype == dtype and (out - right).abs().max() < tolerance
 
 
 def test_flex_blocks_hide_what_the_mask_hides():
     _, where = example(Tq=300, Tk=500)
-    for mask in (Causal(), Last(40), Documents(128)):
+    for mask in (Causal(), SlidingWindow(40), Documents(128)):
         seen = mask(where["q_pos"].index[0][:, None], where["k_pos"].index[0][None, :])
         seen = F.pad(seen, (0, 12, 0, 84)).unflatten(1, (4, 128)).unflatten(0, (3, 128))
         blocks = flex_blocks(1, **where, mask=mask).to_dense()[0, 0]
@@ -116,7 +117,7 @@ def test_sdpa_backend_calls_once():
 
 # Triton ------------------------------------------------------------------------------
 @pytest.mark.parametrize("more, match", [
-    (dict(mask=Last(7)), "triangle"), (dict(bias=by_distance), "triangle"),
+    (dict(mask=SlidingWindow(7)), "triangle"), (dict(bias=by_distance), "triangle"),
     (dict(dropout=0.1), "triangle"), (dict(q_pos=Positions(torch.arange(37)[None])), "triangle")])
 def test_triton_attention_refuses_what_it_does_not_know(more, match):
     qkv, where = example(dtype=torch.float32)

@@ -13,7 +13,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from attention_examples import All, Documents, Last, by_distance, example, padded, with_gradients
+from attention_examples import All, Documents, by_distance, example, padded, with_gradients
+from outside_parts import SlidingWindow
 
 from gptbook import flash
 from gptbook.core import (
@@ -26,7 +27,7 @@ from gptbook.inference import KVCache
 
 SIZES = [dict(), dict(H=4, K=4, Tq=64, Tk=64), dict(H=4, K=1, Tq=1, Tk=50), dict(Tq=13, Tk=41),
          dict(B=1, D=5, Tq=16, Tk=17), dict(Tq=1, Tk=1)]
-MASKS = [Causal(), Last(1), Last(7), Last(100), All(), Documents(10)]
+MASKS = [Causal(), SlidingWindow(1), SlidingWindow(7), SlidingWindow(100), All(), Documents(10)]
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -52,7 +53,7 @@ def test_float32_is_within_1e_5(T):
 
 
 @pytest.mark.parametrize("block", [3, 4, 64])
-@pytest.mark.parametrize("mask", [Causal(), Last(3)], ids=str)
+@pytest.mark.parametrize("mask", [Causal(), SlidingWindow(3)], ids=str)
 def test_padding_gives_zero_and_finite_gradients(block, mask):
     qkv, _ = example(2, 2, 2, 12, 12)
     where = padded()
@@ -113,7 +114,7 @@ def test_a_bias_is_added():
 
 
 # Which blocks ------------------------------------------------------------------------
-@pytest.mark.parametrize("mask", [Causal(), Last(1), Last(8), Last(9), Last(100)], ids=str)
+@pytest.mark.parametrize("mask", [Causal(), *map(SlidingWindow, (1, 8, 9, 100))], ids=str)
 @pytest.mark.parametrize("Tq, Tk", [(40, 40), (37, 37), (8, 40), (1, 33), (12, 45)])
 def test_blocks_that_are_skipped_hide_all_and_free_ones_nothing(mask, Tq, Tk):
     _, where = example(Tq=Tq, Tk=Tk)
@@ -138,7 +139,7 @@ def test_nothing_is_skipped_without_alignment():
         assert all(len(tile_columns(tiles, i)) == 5 for i in tiles.rows())
 
 
-@pytest.mark.parametrize("mask, blocks", [(Causal(), 15), (Last(8), 9), (All(), 25)], ids=str)
+@pytest.mark.parametrize("mask, blocks", [(Causal(), 15), (SlidingWindow(8), 9), (All(), 25)], ids=str)
 def test_the_kernel_computes_no_other_blocks(monkeypatch, mask, blocks):
     calls, real = [], flash.tile_scores
     monkeypatch.setattr(flash, "tile_scores", lambda *a: calls.append(a) or real(*a))
@@ -163,7 +164,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("mask", [Causal(), Last(50), All()], ids=str)
+@pytest.mark.parametrize("mask", [Causal(), SlidingWindow(50), All()], ids=str)
 def test_no_tensor_is_square(mask):
     def largest(kernel):
         qkv, where = example(1, 4, 2, 512, 512, 16, torch.float32)
